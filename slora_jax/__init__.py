@@ -1,0 +1,47 @@
+"""slora-jax: thousands of LoRA adapters of one Llama base model, served together by JAX."""
+
+from slora_jax.adapter_store import AdapterInfo as AdapterInfo
+from slora_jax.config import EngineConfig as EngineConfig
+from slora_jax.errors import AdapterError as AdapterError
+from slora_jax.errors import AdapterInUseError as AdapterInUseError
+from slora_jax.errors import AdapterLoadError as AdapterLoadError
+from slora_jax.errors import AdapterNotFoundError as AdapterNotFoundError
+from slora_jax.errors import CapacityError as CapacityError
+from slora_jax.errors import ConfigError as ConfigError
+from slora_jax.errors import EngineClosedError as EngineClosedError
+from slora_jax.errors import InvalidRequestError as InvalidRequestError
+from slora_jax.errors import ModelLoadError as ModelLoadError
+from slora_jax.errors import RequestFailedError as RequestFailedError
+from slora_jax.errors import SloraError as SloraError
+from slora_jax.llm import LLM as LLM
+from slora_jax.outputs import CompletionOutput as CompletionOutput
+from slora_jax.outputs import EngineStats as EngineStats
+from slora_jax.outputs import Logprob as Logprob
+from slora_jax.outputs import RequestMetrics as RequestMetrics
+from slora_jax.outputs import RequestOutput as RequestOutput
+from slora_jax.sampling_params import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "AdapterError",
+    "AdapterInUseError",
+    "AdapterInfo",
+    "AdapterLoadError",
+    "AdapterNotFoundError",
+    "CapacityError",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineClosedError",
+    "EngineConfig",
+    "EngineStats",
+    "InvalidRequestError",
+    "Logprob",
+    "ModelLoadError",
+    "RequestFailedError",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "SloraError",
+]

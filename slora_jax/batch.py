@@ -1,0 +1,37 @@
+"""ForwardBatch: everything one compiled step receives besides the weights and the pool.
+
+The seam between the host half, which fills it with NumPy, and the device half, which reads it. All
+sizes are buckets; what is real is said by the values (a padding token has position -1 and writes to
+the null page). The arrays' shapes and the static fields below are all that a compiled step depends
+on: two steps with equal ones share a program.
+
+Letters, the same everywhere: T tokens, D decode rows, S sequences and prefill tiles with a page
+table row, N adapters of the step (row 0 is the base), L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from pallas_kernels.paged_attention.api import AttentionBatch
+from pallas_kernels.paged_lora.api import LoraBatch
+
+Array = jax.Array | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardBatch:
+    """One step's tokens, flat and ragged: D decode rows, then prefill tiles of one request each."""
+
+    token_ids: Array
+    """i32[T]; anything valid (0) on padding."""
+
+    attention: AttentionBatch
+    """Where each token's K and V go, and which pages each row attends to."""
+
+    lora: LoraBatch | None
+    """The adapters of the step; None where every token is the base's, which launches nothing."""

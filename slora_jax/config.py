@@ -1,0 +1,93 @@
+"""EngineConfig: every size and switch of one engine, fixed when it is made.
+
+This module owns the names, defaults and allowed ranges. It refuses to know devices and models: what
+is discovered at run time (how many pages fit, which page size suits the heads) is a return value
+of the code that discovers it, never written back here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from slora_jax.errors import ConfigError
+
+Kernels = Literal["auto", "gpu", "tpu", "xla", "reference"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Options of one engine. Unknown names are errors; nothing here is ever mutated."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights, activations, KV and adapters. ``auto``: bfloat16 on TPU and on GPUs that have it,
+    float16 on older GPUs, float32 on CPU. Changing this recompiles."""
+
+    kernels: Kernels = "auto"
+    """``auto`` takes the best for the device and ends at plain XLA; a named one never falls back."""
+
+    max_num_seqs: int = 64
+    """Most requests that run at once. Fixes the largest decode bucket: changing this recompiles."""
+
+    max_num_batched_tokens: int = 256
+    """Prefill tokens of one step, tile padding included: a longer prompt is read in chunks. Fixes the
+    largest prefill bucket: changing this recompiles."""
+
+    prefill_tile: int = 16
+    """Prefill chunks are laid out in tiles of this many tokens, so that a tile belongs to one request.
+    Changing this recompiles."""
+
+    max_model_len: int | None = None
+    """Most tokens of one request, prompt and output together. ``None``: the model's
+    ``max_position_embeddings``, or what the pool holds where that is less. Changing this recompiles."""
+
+    page_size: int | None = None
+    """Tokens of KV in one page. ``None``: chosen from the model's KV heads. Changing this recompiles."""
+
+    pool_bytes: int | None = None
+    """Device bytes of the page pool over all layers. ``None``: ``memory_fraction`` of what is free."""
+
+    memory_fraction: float = 0.9
+    """Share of the device's free memory that the pool takes when ``pool_bytes`` is ``None``. Where the
+    device does not tell its memory (CPU), the pool takes 1 GiB."""
+
+    host_adapter_bytes: int | None = None
+    """CPU memory for adapters. Least recently used ones beyond it fall back to their files; adapters
+    given as arrays have no file and always count. ``None``: no bound."""
+
+    seed: int = 0
+    """Of requests that sample without a seed of their own."""
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("prefill_tile", 1),
+            ("seed", 0),
+        ):
+            _check_int(name, getattr(self, name), low)
+        for name in ("max_model_len", "page_size", "pool_bytes"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 1)
+        if self.host_adapter_bytes is not None:
+            _check_int("host_adapter_bytes", self.host_adapter_bytes, 0)
+        if self.max_num_batched_tokens % self.prefill_tile:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} must be a multiple of "
+                f"prefill_tile={self.prefill_tile}"
+            )
+        _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _check_choice("kernels", self.kernels, ("auto", "gpu", "tpu", "xla", "reference"))
+        fraction = self.memory_fraction
+        if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+            raise ConfigError(f"memory_fraction={fraction!r} must be above 0 and at most 1")
+
+
+def _check_int(name: str, value: object, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigError(f"{name}={value!r} must be an integer of at least {low}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} must be one of {', '.join(choices)}")

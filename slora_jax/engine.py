@@ -1,0 +1,471 @@
+"""Engine: requests in, tokens out, one step at a time.
+
+Joins the host half, which decides, with the model runner, which computes. ``step`` is the whole
+serving loop: schedule, swap in, run, postprocess. Owns the lifecycle of requests and adapters;
+refuses to know files, prompts as messages, and progress bars (``llm``), and what a step computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from slora_jax.adapter_cache import AdapterCache
+from slora_jax.adapter_store import BASE_VERSION, AdapterInfo, AdapterStore, PackedAdapter
+from slora_jax.config import EngineConfig
+from slora_jax.detokenizer import IncrementalDetokenizer
+from slora_jax.errors import (
+    AdapterInUseError,
+    CapacityError,
+    EngineClosedError,
+    InvalidRequestError,
+    SloraError,
+)
+from slora_jax.model_runner import ModelRunner, ScoredToken, StepResult
+from slora_jax.models.llama import PoolView
+from slora_jax.outputs import (
+    CompletionOutput,
+    EngineStats,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+)
+from slora_jax.page_allocator import PageAllocator
+from slora_jax.request import Request
+from slora_jax.sampling_params import SamplingParams
+from slora_jax.scheduler import Scheduler, SchedulerOutput
+
+
+class TokenDecoder(Protocol):
+    """The part of a tokenizer that the engine needs."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Token ids → text."""
+        ...
+
+
+@dataclasses.dataclass(eq=False)
+class Completion:
+    """One of a prompt's ``n`` completions while it runs: a scheduler's request and its text."""
+
+    index: int
+    request: Request
+    detokenizer: IncrementalDetokenizer
+    seed: int
+    logprobs: list[ScoredToken]
+
+
+@dataclasses.dataclass(eq=False)
+class Generation:
+    """One prompt and its ``n`` completions, which the scheduler sees as ``n`` requests."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    adapter_id: str | None
+    params: SamplingParams
+    completions: list[Completion]
+    prompt_logprobs: dict[int, ScoredToken]
+
+    @property
+    def finished(self) -> bool:
+        """All completions have ended, one way or another."""
+        return all(c.request.is_finished for c in self.completions)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Of all completions so far."""
+        return sum(len(c.request.output_token_ids) for c in self.completions)
+
+
+class Engine:
+    """Serves many adapters of one base model over one page pool.
+
+    Not thread-safe. After an error that names a request or an adapter it goes on serving; after an
+    error of the device step it is closed, since the pool was donated to that step.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        tokenizer: TokenDecoder,
+        config: EngineConfig,
+        *,
+        num_pages: int,
+        max_model_len: int,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._clock = clock
+        self._page_size = runner.view.kv.page_size
+        self.max_model_len = max_model_len
+        self.allocator = PageAllocator(num_pages)
+        self.store = AdapterStore(config.host_adapter_bytes)
+        self.cache = AdapterCache(self.allocator, self.store)
+        self.scheduler = Scheduler(
+            self.allocator,
+            self.cache,
+            self.store,
+            page_size=self._page_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            prefill_tile=config.prefill_tile,
+            max_model_len=max_model_len,
+            clock=clock,
+        )
+        self._running: dict[str, tuple[Generation, Completion]] = {}
+        self._ids = itertools.count()
+        self._seeds = random.Random(config.seed)
+        self._num_steps = 0
+        self._closed_because: str | None = None
+
+    # -- adapters ---------------------------------------------------------------------------------
+
+    def register_adapter(
+        self, name: str, packed: PackedAdapter, reload: Callable[[], PackedAdapter] | None
+    ) -> AdapterInfo:
+        """Make ``name`` known; its pages stay in CPU memory until a request needs them.
+
+        Raises:
+            AdapterInUseError: the name is taken.
+            CapacityError: it needs more pages than the pool has, or than the host budget allows.
+        """
+        self._check_open()
+        usable = self.allocator.num_usable
+        if packed.num_pages >= usable:
+            raise CapacityError(
+                f"adapter {name!r} needs {packed.num_pages} pages and at least one more for a "
+                f"request's KV, the pool has {usable}: raise pool_bytes or use a smaller rank"
+            )
+        return self.store.info(self.store.register(name, packed, reload=reload))
+
+    def list_adapters(self) -> list[AdapterInfo]:
+        """Every name that requests may use."""
+        return [self.store.info(self.store.resolve(name)) for name in self.store.names()]
+
+    def adapter_version(self, adapter_id: str | None) -> int:
+        """What a name stands for now; 0 is the base model. AdapterNotFoundError otherwise."""
+        return BASE_VERSION if adapter_id is None else self.store.resolve(adapter_id)
+
+    def check_name_is_free(self, name: str) -> None:
+        """Raise AdapterInUseError before an adapter's files are read in vain."""
+        if name in self.store.names():
+            raise AdapterInUseError(
+                f"an adapter named {name!r} is already loaded: unload it first, or use another name"
+            )
+
+    def unregister_adapter(self, name: str) -> None:
+        """New requests are refused at once; memory is freed when the last one that uses it ends."""
+        self._check_open()
+        self.store.unregister(name)
+
+    def pin_adapter(self, name: str) -> None:
+        """Bring the adapter into the pool with the next step and keep it there, come what may.
+
+        Raises:
+            CapacityError: pinned adapters would leave too little for requests that were accepted.
+        """
+        self._check_open()
+        self.scheduler.pin_adapter(self.store.resolve(name))
+
+    def unpin_adapter(self, name: str) -> None:
+        """Let the adapter be evicted again when it is idle."""
+        self._check_open()
+        self.scheduler.unpin_adapter(self.store.resolve(name))
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        adapter_id: str | None,
+        *,
+        prompt: str | None = None,
+    ) -> Generation:
+        """Queue one prompt; the adapter's version is bound now.
+
+        Raises:
+            AdapterNotFoundError: no adapter has this name.
+            InvalidRequestError: the prompt is empty, too long, or has ids outside the vocabulary.
+            CapacityError: it can never fit in the pool.
+        """
+        self._check_open()
+        prompt_ids = self._check_prompt(prompt_token_ids)
+        version = self.adapter_version(adapter_id)
+        generation = Generation(
+            request_id=str(next(self._ids)),
+            prompt=prompt,
+            prompt_token_ids=prompt_ids,
+            adapter_id=adapter_id,
+            params=params,
+            completions=[],
+            prompt_logprobs={},
+        )
+        base_seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        for index in range(params.n):
+            completion = self._new_completion(generation, index, version, base_seed)
+            try:
+                self.scheduler.add(completion.request)
+            except SloraError:
+                self.abort(generation)
+                raise
+            generation.completions.append(completion)
+            self._running[completion.request.request_id] = generation, completion
+        return generation
+
+    def abort(self, generation: Generation) -> None:
+        """End what is left of a generation; its pages are free at once."""
+        for completion in generation.completions:
+            if self._running.pop(completion.request.request_id, None):
+                self.scheduler.abort(completion.request.request_id)
+                completion.detokenizer.finish()
+
+    @property
+    def view(self) -> PoolView:
+        """How the pool is laid out, which adapters are packed for."""
+        return self._runner.view
+
+    @property
+    def has_unfinished(self) -> bool:
+        """There is something to step for."""
+        return self.scheduler.has_unfinished
+
+    # -- the serving loop -------------------------------------------------------------------------
+
+    def step(self) -> list[Generation]:
+        """One step: schedule, swap in, run, postprocess. Returns the generations it touched."""
+        self._check_open()
+        output = self.scheduler.schedule()
+        try:
+            self._swap_in(output)
+            result = self._run(output)
+        except BaseException as error:
+            # The pool was donated to the call that failed: nothing in it can be relied on.
+            self._closed_because = f"a device step failed: {error!r}"
+            raise
+        self.scheduler.update(output)
+        return self._postprocess(output, result)
+
+    def _swap_in(self, output: SchedulerOutput) -> None:
+        for version in output.evicted:
+            self._runner.forget(version)
+        for swap in output.swap_ins:
+            self._runner.swap_in(swap)
+
+    def _run(self, output: SchedulerOutput) -> StepResult:
+        if output.is_empty:
+            return StepResult({}, {}, {})
+        ending = [chunk.request for chunk in (*output.decode, *output.prefill) if chunk.is_last]
+        seeds = [self._running[request.request_id][1].seed for request in ending]
+        self._num_steps += 1
+        return self._runner.run(output, seeds)
+
+    def _postprocess(self, output: SchedulerOutput, result: StepResult) -> list[Generation]:
+        touched: dict[str, Generation] = {}
+        for request in output.failed:
+            generation, completion = self._running.pop(request.request_id)
+            completion.detokenizer.finish()
+            touched[generation.request_id] = generation
+        for request_id, scored in result.prompt_logprobs.items():
+            self._running[request_id][0].prompt_logprobs.update(scored)
+        for request_id, token_id in result.tokens.items():
+            generation, completion = self._running[request_id]
+            touched[generation.request_id] = generation
+            if request_id in result.logprobs:
+                completion.logprobs.append(result.logprobs[request_id])
+            self._append_token(completion, token_id)
+            if completion.request.is_finished:
+                del self._running[request_id]
+        return list(touched.values())
+
+    def _append_token(self, completion: Completion, token_id: int) -> None:
+        """Give a request its next token and end it where a stop condition holds."""
+        request, detokenizer = completion.request, completion.detokenizer
+        params = request.sampling_params
+        self.scheduler.append_token(request, token_id)
+        # An ending token is part of token_ids but not of the text, as in vLLM.
+        if token_id in params.stop_token_ids:
+            self.scheduler.finish(request, "stop", stop_reason=token_id)
+        elif token_id in request.eos_token_ids and not params.ignore_eos:
+            self.scheduler.finish(request, "stop")
+        elif detokenizer.append(token_id):
+            self.scheduler.finish(request, "stop", stop_reason=detokenizer.stop_reason)
+        elif request.num_tokens >= request.max_total_tokens:
+            self.scheduler.finish(request, "length")
+        if request.is_finished:
+            detokenizer.finish()
+
+    # -- reports ----------------------------------------------------------------------------------
+
+    def output(self, generation: Generation) -> RequestOutput:
+        """A snapshot; text of unfinished completions ends where it can no longer change."""
+        errors = [c.request.error for c in generation.completions if c.request.error]
+        return RequestOutput(
+            request_id=generation.request_id,
+            prompt=generation.prompt,
+            prompt_token_ids=generation.prompt_token_ids,
+            prompt_logprobs=self._prompt_logprobs(generation),
+            outputs=tuple(self._completion_output(generation, c) for c in generation.completions),
+            finished=generation.finished,
+            adapter_id=generation.adapter_id,
+            metrics=_metrics(generation),
+            error=errors[0] if errors else None,
+        )
+
+    def _completion_output(self, generation: Generation, c: Completion) -> CompletionOutput:
+        asked = generation.params.logprobs is not None
+        finished = c.request.is_finished
+        return CompletionOutput(
+            index=c.index,
+            text=c.detokenizer.text if finished else c.detokenizer.stream_text,
+            token_ids=tuple(c.request.output_token_ids),
+            cumulative_logprob=sum(t.logprob for t in c.logprobs) if asked else None,
+            logprobs=tuple(self._alternatives(t) for t in c.logprobs) if asked else None,
+            finish_reason=c.request.finish_reason,
+            stop_reason=c.request.stop_reason,
+        )
+
+    def _prompt_logprobs(
+        self, generation: Generation
+    ) -> tuple[dict[int, Logprob] | None, ...] | None:
+        if generation.params.prompt_logprobs is None:
+            return None
+        known = generation.prompt_logprobs
+        return tuple(
+            self._alternatives(known[position]) if position in known else None
+            for position in range(len(generation.prompt_token_ids))
+        )
+
+    def _alternatives(self, token: ScoredToken) -> dict[int, Logprob]:
+        ranked = {i: (p, k) for k, (i, p) in enumerate(token.top, start=1)}
+        ranked[token.token_id] = token.logprob, token.rank
+        return {
+            i: Logprob(
+                logprob=p,
+                rank=rank,
+                decoded_token=self._tokenizer.decode([i], skip_special_tokens=False),
+            )
+            for i, (p, rank) in ranked.items()
+        }
+
+    def stats(self) -> EngineStats:
+        """Counts now and since the start; costs nothing on the device."""
+        counts = self.allocator.counts()
+        layer_pool = self._runner.pool[0]
+        return EngineStats(
+            pages_total=self.allocator.num_usable,
+            pages_free=self.allocator.num_free,
+            pages_kv=counts.get("kv", 0),
+            pages_adapters=counts.get("adapter", 0),
+            page_size=self._page_size,
+            page_bytes=len(self._runner.pool) * layer_pool.nbytes // layer_pool.shape[0],
+            adapters_registered=len(self.store.names()),
+            adapters_resident=self.cache.num_resident,
+            adapters_pinned=self.cache.num_pinned,
+            adapter_host_bytes=self.store.host_bytes,
+            requests_running=self.scheduler.num_running,
+            requests_waiting=self.scheduler.num_waiting,
+            steps=self._num_steps,
+            swap_ins=self.cache.swap_ins,
+            swap_in_bytes=self.cache.swap_in_bytes,
+            disk_reloads=self.store.disk_reloads,
+            evictions=self.cache.evictions,
+            preemptions=self.scheduler.preemptions,
+            compiles=self._runner.num_compiles,
+        )
+
+    def close(self) -> None:
+        """Abort what runs and give the device memory back. Closing twice is fine."""
+        if self._closed_because is None:
+            for generation, _ in list(self._running.values()):
+                self.abort(generation)
+            self._closed_because = "close() was called"
+        self._runner.close()
+
+    # -- checks -----------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed_because is not None:
+            raise EngineClosedError(f"this engine is closed ({self._closed_because}): make a new one")
+
+    def _check_prompt(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        if not len(token_ids):
+            raise InvalidRequestError("the prompt is empty: give at least one token")
+        if len(token_ids) >= self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(token_ids)} tokens; with at least one token of output it "
+                f"must stay within max_model_len={self.max_model_len}: shorten it, or raise "
+                "max_model_len or pool_bytes"
+            )
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidRequestError(
+                    f"prompt token id {token_id} is outside the vocabulary of {self._vocab_size}"
+                )
+        return tuple(int(token_id) for token_id in token_ids)
+
+    def _new_completion(
+        self, generation: Generation, index: int, version: int, base_seed: int
+    ) -> Completion:
+        params, prompt_ids = generation.params, generation.prompt_token_ids
+        if params.max_tokens is None:
+            limit = self.scheduler.largest_total_tokens(version)
+        else:
+            limit = len(prompt_ids) + params.max_tokens
+        for token_id in params.stop_token_ids:
+            if token_id >= self._vocab_size:
+                raise InvalidRequestError(
+                    f"stop_token_ids has {token_id}, outside the vocabulary of {self._vocab_size}"
+                )
+        request = Request(
+            request_id=f"{generation.request_id}-{index}",
+            prompt_token_ids=list(prompt_ids),
+            sampling_params=params,
+            adapter_id=generation.adapter_id,
+            adapter_version=version,
+            max_total_tokens=min(limit, self.max_model_len),
+            eos_token_ids=self._eos_token_ids,
+            arrival_time=self._clock(),
+        )
+        skip = params.skip_special_tokens
+        return Completion(
+            index=index,
+            request=request,
+            detokenizer=IncrementalDetokenizer(
+                lambda ids: self._tokenizer.decode(ids, skip_special_tokens=skip),
+                prompt_ids,
+                params.stop,
+                params.min_tokens,
+            ),
+            seed=(base_seed + index) % 2**63,
+            logprobs=[],
+        )
+
+
+def _metrics(generation: Generation) -> RequestMetrics:
+    requests = [c.request for c in generation.completions]
+    arrival = min(r.arrival_time for r in requests)
+    admitted = [r.first_scheduled_time for r in requests if r.first_scheduled_time is not None]
+    first = [r.first_token_time for r in requests if r.first_token_time is not None]
+    last = max(requests, key=lambda r: r.last_token_time or 0.0)
+    loads = [r.adapter_load_time for r in requests if r.adapter_load_time is not None]
+    gaps = len(last.output_token_ids) - 1
+    return RequestMetrics(
+        queue_time=min(admitted) - arrival if admitted else None,
+        ttft=min(first) - arrival if first else None,
+        tpot=(last.last_token_time - last.first_token_time) / gaps
+        if gaps > 0 and last.last_token_time is not None and last.first_token_time is not None
+        else None,
+        adapter_load_time=max(loads) if loads else None,
+        num_preemptions=sum(r.num_preemptions for r in requests),
+    )

@@ -1,0 +1,73 @@
+"""Every exception a user can meet, one tree.
+
+    SloraError
+    ├── ConfigError             an option of LLM(...) or EngineConfig is wrong
+    ├── ModelLoadError          the base model cannot be read or is not supported
+    ├── AdapterError            something is wrong with one adapter
+    │   ├── AdapterLoadError    its files or arrays cannot be used
+    │   ├── AdapterNotFoundError   no adapter is registered under this name
+    │   └── AdapterInUseError   the name is taken, or its removal must wait
+    ├── InvalidRequestError     a prompt, an argument or a sampling value is wrong
+    ├── CapacityError           it can never fit: the message says what is short and by how much
+    ├── RequestFailedError      a request that had been accepted could not be finished
+    └── EngineClosedError       the engine has been closed
+
+Each is raised before any device work for the request it concerns, and leaves the engine serving;
+each message names what was asked, what exists, and what to change.
+"""
+
+
+class SloraError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class ConfigError(SloraError, ValueError):
+    """An option of ``LLM(...)`` or ``EngineConfig`` has a value that cannot work."""
+
+
+class ModelLoadError(SloraError):
+    """The base model cannot be read, or asks for what this library does not do."""
+
+
+class AdapterError(SloraError):
+    """Something is wrong with one adapter; the others and the base are untouched."""
+
+
+class AdapterLoadError(AdapterError):
+    """An adapter's files or arrays cannot be used: the message names file, tensor and reason."""
+
+
+class AdapterNotFoundError(AdapterError, KeyError):
+    """No adapter is registered under this name."""
+
+    def __str__(self) -> str:
+        # KeyError would print the repr of its argument.
+        return str(self.args[0]) if self.args else ""
+
+
+class AdapterInUseError(AdapterError):
+    """The adapter name is taken, or what was asked must wait for requests that use it."""
+
+
+class InvalidRequestError(SloraError, ValueError):
+    """A prompt, an argument or a sampling value is wrong; nothing has been run."""
+
+
+class CapacityError(SloraError):
+    """What was asked can never fit in the pool or the host budget as configured."""
+
+
+class RequestFailedError(SloraError):
+    """At least one accepted request could not be finished; the others were.
+
+    ``outputs`` has one entry per request in input order: the failed ones carry
+    ``finish_reason == "error"`` and their exception in ``error``.
+    """
+
+    def __init__(self, message: str, outputs: list | None = None):
+        super().__init__(message)
+        self.outputs = outputs or []
+
+
+class EngineClosedError(SloraError):
+    """The engine was closed: its device memory is gone, make a new ``LLM``."""

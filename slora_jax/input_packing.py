@@ -1,0 +1,247 @@
+"""From the scheduler's decision to the arrays of one step: all NumPy, no device.
+
+Owns the flat layout that ``ForwardBatch`` describes (decode rows first, then prefill tiles of one
+request each) and the padding of everything to the step's buckets. Refuses to know how a step is
+computed, and decides nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pallas_kernels.layout import AdapterLayout
+from pallas_kernels.paged_attention.api import AttentionBatch
+from pallas_kernels.paged_lora.api import LoraBatch, lora_bucket_sizes
+from slora_jax.adapter_store import PackedAdapter
+from slora_jax.batch import ForwardBatch
+from slora_jax.request import Request
+from slora_jax.sampling import Penalties, Randomness, SamplingBatch, Truncation
+from slora_jax.sampling_params import split_seed
+from slora_jax.scheduler import Chunk, SchedulerOutput
+
+MIN_HISTORY = 64
+"""Smallest padded length of the token histories that penalties read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepShape:
+    """What fixes a step's compiled program. Each is a bucket: at least what the step needs."""
+
+    decode: int
+    """D: rows of one token."""
+    tiles: int
+    """Prefill tiles."""
+    rank: int
+    """Sum over the step's adapters of their largest rank; 0 compiles no LoRA at all."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ResidentAdapter:
+    """One adapter in the pool, as the kernels address it."""
+
+    page_ids: tuple[int, ...]
+    ranks: np.ndarray  # i32[7]
+    a_row: np.ndarray  # i32[7]
+    b_row: np.ndarray  # i32[7]
+    scaling: np.ndarray  # f32[layers, 7]
+
+    @classmethod
+    def place(
+        cls, packed: PackedAdapter, page_ids: tuple[int, ...], layout: AdapterLayout
+    ) -> ResidentAdapter:
+        """The adapter ``packed`` once its pages lie at ``page_ids``."""
+        a_row, b_row, _ = layout.segments(packed.ranks)
+        return cls(
+            page_ids,
+            np.asarray(packed.ranks, np.int32),
+            np.asarray(a_row, np.int32),
+            np.asarray(b_row, np.int32),
+            np.asarray(packed.scaling, np.float32),
+        )
+
+    @property
+    def largest_rank(self) -> int:
+        """What the adapter adds to a step's rank bucket."""
+        return int(self.ranks.max())
+
+
+def needed_shape(
+    output: SchedulerOutput, adapters: Mapping[int, ResidentAdapter], tile: int
+) -> StepShape:
+    """The smallest shape that holds the step."""
+    versions = {c.request.adapter_version for c in (*output.decode, *output.prefill)} - {0}
+    return StepShape(
+        decode=len(output.decode),
+        tiles=sum(-(-chunk.num_tokens // tile) for chunk in output.prefill),
+        rank=sum(adapters[version].largest_rank for version in versions),
+    )
+
+
+def first_rows(output: SchedulerOutput, shape: StepShape, tile: int) -> dict[str, int]:
+    """Request id → row of its chunk's first token in the flat batch."""
+    rows = {chunk.request.request_id: row for row, chunk in enumerate(output.decode)}
+    row = shape.decode
+    for chunk in output.prefill:
+        rows[chunk.request.request_id] = row
+        row += -(-chunk.num_tokens // tile) * tile
+    return rows
+
+
+def pack_step(
+    output: SchedulerOutput,
+    adapters: Mapping[int, ResidentAdapter],
+    shape: StepShape,
+    *,
+    tile: int,
+    page_size: int,
+    table_width: int,
+    layout: AdapterLayout,
+) -> ForwardBatch:
+    """Fill a step's arrays; everything beyond the real tokens points at the null page.
+
+    ``table_width`` is the most pages one request can have.
+    """
+    num_tokens = shape.decode + shape.tiles * tile
+    token_ids = np.zeros(num_tokens, np.int32)
+    slots = np.zeros(num_tokens, np.int32)
+    positions = np.full(num_tokens, -1, np.int32)
+    adapter_index = np.zeros(num_tokens, np.int32)
+    page_table = np.zeros((shape.decode + shape.tiles, table_width), np.int32)
+    index_of_version = {0: 0}
+    rows = first_rows(output, shape, tile)
+    for chunk in (*output.decode, *output.prefill):
+        request, row = chunk.request, rows[chunk.request.request_id]
+        here = slice(row, row + chunk.num_tokens)
+        where = np.arange(chunk.start, chunk.start + chunk.num_tokens, dtype=np.int32)
+        pages = np.asarray(request.pages, np.int32)
+        token_ids[here] = request.tokens_between(chunk.start, chunk.start + chunk.num_tokens)
+        positions[here] = where
+        slots[here] = pages[where // page_size] * page_size + where % page_size
+        adapter_index[here] = index_of_version.setdefault(
+            request.adapter_version, len(index_of_version)
+        )
+        if row < shape.decode:
+            table_rows = slice(row, row + 1)
+        else:
+            tile_index = shape.decode + (row - shape.decode) // tile
+            table_rows = slice(tile_index, tile_index + -(-chunk.num_tokens // tile))
+        page_table[table_rows, : len(pages)] = pages
+    attention = AttentionBatch(
+        slots=slots,
+        positions=positions,
+        page_table=page_table,
+        num_decode=shape.decode,
+        tile=tile,
+    )
+    versions = [version for version in index_of_version if version]
+    lora = (
+        _pack_lora([adapters[v] for v in versions], adapter_index, shape.rank, layout)
+        if shape.rank
+        else None
+    )
+    return ForwardBatch(token_ids=token_ids, attention=attention, lora=lora)
+
+
+def _pack_lora(
+    adapters: Sequence[ResidentAdapter],
+    adapter_index: np.ndarray,
+    rank_bucket: int,
+    layout: AdapterLayout,
+) -> LoraBatch:
+    """The step's adapter tables; row 0 is the base, of rank 0."""
+    num_rows, num_pages = lora_bucket_sizes(rank_bucket, layout)
+    num_layers, num_targets = adapters[0].scaling.shape
+    tables = np.zeros((3, num_rows, num_targets), np.int32)
+    scaling = np.zeros((num_layers, num_rows, num_targets), np.float32)
+    pages = np.zeros(num_pages, np.int32)
+    page_start = np.zeros(num_rows, np.int32)
+    used = 0
+    for row, adapter in enumerate(adapters, start=1):
+        page_start[row] = used
+        pages[used : used + len(adapter.page_ids)] = adapter.page_ids
+        used += len(adapter.page_ids)
+        tables[:, row] = adapter.ranks, adapter.a_row, adapter.b_row
+        scaling[:, row] = adapter.scaling
+    return LoraBatch(
+        adapter_index=adapter_index,
+        pages=pages,
+        page_start=page_start,
+        rank=tables[0],
+        a_row=tables[1],
+        b_row=tables[2],
+        scaling=scaling,
+        rank_bucket=rank_bucket,
+    )
+
+
+def last_rows(chunks: Sequence[Chunk], rows: Mapping[str, int], size: int) -> np.ndarray:
+    """i32[size]: the flat row of each chunk's last token, padded with row 0."""
+    result = np.zeros(size, np.int32)
+    for k, chunk in enumerate(chunks):
+        result[k] = rows[chunk.request.request_id] + chunk.num_tokens - 1
+    return result
+
+
+def pack_sampling(requests: Sequence[Request], size: int, default_seeds: Sequence[int]) -> SamplingBatch:
+    """How to draw the next token of each request, padded to ``size`` greedy rows.
+
+    A part that no request needs is None, which compiles to nothing. ``default_seeds`` serve the
+    requests without a seed of their own.
+    """
+    params = [request.sampling_params for request in requests]
+
+    def column(name: str, neutral: float, dtype: type) -> np.ndarray:
+        values = np.full(size, neutral, dtype)
+        values[: len(params)] = [getattr(p, name) for p in params]
+        return values
+
+    randomness = truncation = penalties = None
+    if not all(p.is_greedy for p in params):
+        temperature = np.zeros(size, np.float32)
+        temperature[: len(params)] = [0.0 if p.is_greedy else p.temperature for p in params]
+        seeds = np.zeros((size, 2), np.uint32)
+        position = np.zeros(size, np.int32)
+        for k, (request, default) in enumerate(zip(requests, default_seeds, strict=True)):
+            own = request.sampling_params.seed
+            seeds[k] = split_seed(default if own is None else own)
+            position[k] = request.num_tokens
+        randomness = Randomness(temperature=temperature, seed=seeds, position=position)
+        if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
+            truncation = Truncation(
+                top_k=np.maximum(column("top_k", 0, np.int32), 0),
+                top_p=column("top_p", 1, np.float32),
+                min_p=column("min_p", 0, np.float32),
+            )
+    if any(
+        p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty for p in params
+    ):
+        penalties = Penalties(
+            history=_padded([[*r.prompt_token_ids, *r.output_token_ids] for r in requests], size),
+            prompt_len=np.asarray(
+                [len(r.prompt_token_ids) for r in requests] + [0] * (size - len(requests)), np.int32
+            ),
+            repetition=column("repetition_penalty", 1, np.float32),
+            presence=column("presence_penalty", 0, np.float32),
+            frequency=column("frequency_penalty", 0, np.float32),
+        )
+    banned = [sorted(request.banned_token_ids()) for request in requests]
+    return SamplingBatch(
+        randomness=randomness,
+        truncation=truncation,
+        penalties=penalties,
+        banned=_padded(banned, size, smallest=8) if any(banned) else None,
+    )
+
+
+def _padded(rows: Sequence[Sequence[int]], size: int, smallest: int = MIN_HISTORY) -> np.ndarray:
+    """i32[size, width], -1 beyond each row's end; width is a power of two of at least ``smallest``."""
+    width = smallest
+    while width < max((len(row) for row in rows), default=0):
+        width *= 2
+    result = np.full((size, width), -1, np.int32)
+    for k, row in enumerate(rows):
+        result[k, : len(row)] = row
+    return result

@@ -1,0 +1,77 @@
+"""Linear layers whose output is the base's plus each token's own adapter's.
+
+``y = x Wᵀ + scaling · (x A) B``: the base product runs once for the whole batch, the second term is
+``pallas_kernels.paged_lora`` over the pool. Targets that read the same input (q, k, v; gate, up) are
+one layer with one fused weight. Knows neither requests nor pages: the term is a callable.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from slora_jax.sharding import sharded_param
+
+
+class AddLora(Protocol):
+    """Adds one layer's LoRA term for a group of targets in place of a global or a context."""
+
+    def __call__(
+        self, y: jax.Array, x: jax.Array, pool: jax.Array, group: tuple[str, ...]
+    ) -> jax.Array:
+        """``y`` [tokens, sum of outputs] + the term for ``x`` [tokens, inputs], in y's dtype.
+
+        ``pool`` is this layer's pool in its newest state: to keep an older one alive beside it
+        would cost a copy of the whole buffer.
+        """
+        ...
+
+
+def no_lora(
+    y: jax.Array, x: jax.Array, pool: jax.Array, group: tuple[str, ...]
+) -> jax.Array:
+    """The step in which every token is the base model's."""
+    return y
+
+
+def dot(x: jax.Array, weight: jax.Array, *, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """``x`` [tokens, in] · ``weight`` [out, in]ᵀ, true float32 where the inputs are float32.
+
+    Weights stay as Hugging Face stores them, [out, in]: on CPU this is 1.3 times faster at 32 tokens
+    than [in, out], elsewhere the library takes either.
+    """
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x,
+        weight,
+        (((1,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=out_dtype or x.dtype,
+    )
+
+
+class LoRALinear(nnx.Module):
+    """One fused linear over a group of targets, plus their adapters' term."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: tuple[int, ...],
+        group: tuple[str, ...],
+        axes: tuple[str, str],
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        shape = (sum(out_features), in_features)
+        init = jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(in_features)
+        self.weight = sharded_param(init.astype(dtype), axes)
+        self.group = group
+
+    def __call__(self, x: jax.Array, pool: jax.Array, add_lora: AddLora) -> jax.Array:
+        """``x`` [tokens, in] → [tokens, sum of outputs], the group's outputs side by side."""
+        return add_lora(dot(x, self.weight[...]), x, pool, self.group)

@@ -1,0 +1,610 @@
+"""LLM: the public face. Prompts and adapter names in, texts out.
+
+Owns what a Python caller sees: prompts as text, token ids or chat messages, one or many; adapter
+names; progress bars; Ctrl-C. Everything is checked before anything runs. Refuses to know how a step
+is scheduled or computed: that is the engine it drives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from pallas_kernels.layout import KVLayout, choose_page_size
+from slora_jax import loading
+from slora_jax.adapter_store import AdapterInfo
+from slora_jax.config import EngineConfig
+from slora_jax.engine import Engine, Generation
+from slora_jax.errors import (
+    AdapterLoadError,
+    CapacityError,
+    ConfigError,
+    InvalidRequestError,
+    RequestFailedError,
+    SloraError,
+)
+from slora_jax.model_runner import ModelRunner
+from slora_jax.models.llama import PoolView
+from slora_jax.outputs import EngineStats, RequestOutput
+from slora_jax.sampling_params import SamplingParams
+from slora_jax.sharding import single_device_mesh
+
+BASE = "__base__"
+"""Names the base model where an adapter name is expected, as in PEFT; the same as ``None``."""
+
+DEFAULT_POOL_BYTES = 2**30
+"""Of the pool where the device does not tell its memory (CPU)."""
+
+Prompt = str | Sequence[int]
+Params = SamplingParams | Mapping[str, Any] | None
+_Checked = tuple[str | None, list[int], SamplingParams, str | None]
+
+
+class LLM:
+    """Many LoRA adapters of one Llama base model, served together.
+
+    Example:
+        >>> llm = LLM("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> llm.load_adapter("pirate", "adapters/pirate")
+        >>> outs = llm.generate(["Hello!", "Hello!"], adapter_ids=["pirate", None])
+        >>> outs[0].outputs[0].text
+
+    Args:
+        model: a directory (Hugging Face or Orbax form, or a GGUF file), a Hugging Face hub id, or
+            the demo alias ``"smollm2-135m-instruct"``.
+        config: an ``EngineConfig``; or give its fields by name.
+        progress: show bars while a model is fetched and read.
+
+    Raises:
+        ConfigError: an option is unknown or cannot work with this model and device.
+        ModelLoadError: the base model cannot be read or is not supported.
+
+    May be used from several threads; their requests share the steps.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        config: EngineConfig | None = None,
+        progress: bool = True,
+        **options: Any,
+    ):
+        config = _engine_config(config, options)
+        self._device = jax.devices()[0]
+        self._dtype = _choose_dtype(config, self._device)
+        self._loaded = loading.load_model(
+            model, dtype=self._dtype, mesh=single_device_mesh(self._device), progress=progress
+        )
+        self.tokenizer = self._loaded.tokenizer
+        self._lock = threading.RLock()
+        self._engine = self._make_engine(config)
+
+    def _make_engine(self, config: EngineConfig) -> Engine:
+        model = self._loaded.model.config
+        kv = _kv_layout(config, model.num_kv_heads, model.head_dim, self._dtype)
+        view = PoolView(
+            kv=kv,
+            adapters=loading.adapter_layout(model, kv.rows_per_page),
+            kernels=_implementation(config),
+        )
+        page_bytes = model.num_layers * kv.rows_per_page * 128 * jnp.dtype(self._dtype).itemsize
+        num_pages = _pool_bytes(config, self._device) // page_bytes
+        max_model_len = _max_model_len(
+            config, model.max_position_embeddings, (num_pages - 1) * kv.page_size
+        )
+        runner = ModelRunner(
+            self._loaded.model,
+            view,
+            num_pages=num_pages,
+            dtype=self._dtype,
+            mesh=single_device_mesh(self._device),
+            max_num_seqs=config.max_num_seqs,
+            prefill_tile=config.prefill_tile,
+            max_tiles=config.max_num_batched_tokens // config.prefill_tile,
+            max_model_len=max_model_len,
+        )
+        return Engine(
+            runner,
+            self.tokenizer,
+            config,
+            num_pages=num_pages,
+            max_model_len=max_model_len,
+            vocab_size=model.vocab_size,
+            eos_token_ids=self._loaded.eos_token_ids,
+        )
+
+    # -- generating -------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        adapter_ids: str | None | Sequence[str | None] = None,
+        sampling_params: Params | Sequence[Params] = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete each prompt with its adapter, all in one continuously batched run.
+
+        Args:
+            prompts: text, token ids, or a list of either.
+            adapter_ids: one name for all prompts, or one per prompt; ``None`` and ``"__base__"`` are
+                the base model.
+            sampling_params: one for all, or one per prompt; dicts of its fields will do.
+            progress: show a bar on calls that take more than a second.
+
+        Returns:
+            One ``RequestOutput`` per prompt, in the order of ``prompts``.
+
+        Raises:
+            InvalidRequestError, AdapterNotFoundError, CapacityError: before anything runs.
+            RequestFailedError: an accepted request could not be finished; its ``outputs`` has them
+                all, the finished ones included.
+        """
+        return self._run(self._check(prompts, adapter_ids, sampling_params), progress)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        adapter_ids: str | None | Sequence[str | None] = None,
+        sampling_params: Params | Sequence[Params] = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """``generate`` on conversations: lists of ``{"role": …, "content": …}`` messages.
+
+        One conversation or a list of them, rendered by the model's own chat template.
+        """
+        prompts = [self._render(conversation) for conversation in _conversations(messages)]
+        return self._run(
+            self._check(prompts, adapter_ids, sampling_params, special_tokens=False), progress
+        )
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        adapter_ids: str | None | Sequence[str | None] = None,
+        sampling_params: Params | Sequence[Params] = None,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Like ``generate``, but yields ``(index of the prompt, partial output)`` as tokens arrive.
+
+        Each output holds everything so far; the last one of a prompt has ``finished`` set. Arguments
+        are checked at once; requests are queued when iteration begins, and aborted when it is left
+        early.
+        """
+        return self._stream(self._check(prompts, adapter_ids, sampling_params))
+
+    def _run(self, checked: list[_Checked], progress: bool) -> list[RequestOutput]:
+        generations = self._add_all(checked)
+        try:
+            with (
+                _deferred_interrupt() as interrupted,
+                tqdm(
+                    total=len(generations),
+                    desc="Generating",
+                    unit="prompt",
+                    disable=not progress,
+                    delay=1.0,
+                ) as bar,
+            ):
+                while not all(generation.finished for generation in generations):
+                    self._step()
+                    bar.update(sum(g.finished for g in generations) - bar.n)
+                    if interrupted.is_set():
+                        raise KeyboardInterrupt
+        finally:
+            self._abort_all(generations)
+        with self._lock:
+            outputs = [self._engine.output(generation) for generation in generations]
+        _raise_failures(outputs)
+        return outputs
+
+    def _stream(self, checked: list[_Checked]) -> Iterator[tuple[int, RequestOutput]]:
+        generations = self._add_all(checked)
+        shown = [-1] * len(generations)
+        try:
+            while not all(generation.finished for generation in generations):
+                with _deferred_interrupt() as interrupted:
+                    self._step()
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+                for index, generation in enumerate(generations):
+                    count = generation.num_output_tokens + generation.finished
+                    if count > max(shown[index], 0):
+                        shown[index] = count
+                        with self._lock:
+                            output = self._engine.output(generation)
+                        yield index, output
+        finally:
+            self._abort_all(generations)
+        with self._lock:
+            _raise_failures([self._engine.output(generation) for generation in generations])
+
+    def _step(self) -> None:
+        with self._lock:
+            if self._engine.has_unfinished:
+                self._engine.step()
+
+    def _add_all(self, checked: list[_Checked]) -> list[Generation]:
+        """All or none: where one is refused, those already queued are taken back."""
+        generations: list[Generation] = []
+        with self._lock:
+            try:
+                for text, token_ids, params, adapter_id in checked:
+                    generations.append(
+                        self._engine.add_request(token_ids, params, adapter_id, prompt=text)
+                    )
+            except SloraError:
+                self._abort_all(generations)
+                raise
+        return generations
+
+    def _abort_all(self, generations: list[Generation]) -> None:
+        with self._lock:
+            for generation in generations:
+                self._engine.abort(generation)
+
+    # -- adapters ---------------------------------------------------------------------------------
+
+    def load_adapter(
+        self,
+        name: str,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        config: Mapping[str, Any] | None = None,
+        *,
+        pinned: bool = False,
+    ) -> AdapterInfo:
+        """Register an adapter under ``name``; requests can use it from now on.
+
+        Args:
+            name: what ``adapter_ids`` will call it.
+            source: a PEFT directory, a hub id, or tensors by PEFT's names (numpy or jax arrays) with
+                PEFT's configuration in ``config``.
+            config: PEFT's ``adapter_config.json`` as a dict, with arrays only.
+            pinned: bring it into the pool now and keep it there.
+
+        Raises:
+            AdapterLoadError: its files or arrays cannot be used; the message says what to change.
+            AdapterInUseError: the name is taken.
+            CapacityError: it does not fit in the pool or in ``host_adapter_bytes``.
+        """
+        _check_adapter_name(name)
+        with self._lock:
+            self._engine.check_name_is_free(name)
+            layout = self._engine.view.adapters
+        about = self._loaded.hyperparameters
+        if isinstance(source, Mapping):
+            if config is None:
+                raise AdapterLoadError(
+                    f"adapter {name!r} is given as arrays: give its PEFT configuration too, "
+                    "such as config={'r': 8, 'lora_alpha': 16, 'target_modules': [...]}"
+                )
+            packed = loading.adapter_from_arrays(
+                source, config, about, layout, self._dtype, source=f"adapter {name!r}"
+            )
+            reload = None
+        else:
+            if config is not None:
+                raise AdapterLoadError(
+                    f"adapter {name!r} is a directory and has its own adapter_config.json: "
+                    "give config only together with arrays"
+                )
+            reload = loading.adapter_loader(source, about, layout, self._dtype)
+            packed = reload()
+        with self._lock:
+            info = self._engine.register_adapter(name, packed, reload)
+            if pinned:
+                try:
+                    self._engine.pin_adapter(name)
+                except CapacityError:
+                    self._engine.unregister_adapter(name)
+                    raise
+        return info
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget ``name``: new requests are refused at once, running ones finish on it.
+
+        Its memory is freed when the last of them ends. The name may be loaded anew at once; that is
+        another version, and old requests keep the old one.
+        """
+        _check_adapter_name(name)
+        with self._lock:
+            self._engine.unregister_adapter(name)
+
+    def pin_adapter(self, name: str) -> None:
+        """Bring the adapter into the pool now and never evict it.
+
+        Raises:
+            CapacityError: pinned adapters would leave too little for accepted requests.
+        """
+        _check_adapter_name(name)
+        with self._lock:
+            self._engine.pin_adapter(name)
+
+    def unpin_adapter(self, name: str) -> None:
+        """Let a pinned adapter be evicted again when it is idle."""
+        _check_adapter_name(name)
+        with self._lock:
+            self._engine.unpin_adapter(name)
+
+    def list_adapters(self) -> list[AdapterInfo]:
+        """Every loaded adapter: name, version, ranks, pages, bytes, and where it is."""
+        with self._lock:
+            return self._engine.list_adapters()
+
+    # -- the engine -------------------------------------------------------------------------------
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of one request, prompt and output together."""
+        return self._engine.max_model_len
+
+    def stats(self) -> EngineStats:
+        """The pool's pages by owner, and counts since the start; ``print`` shows a report."""
+        with self._lock:
+            return self._engine.stats()
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the base model in Orbax form, with its tokenizer; ``LLM(directory)`` reads it."""
+        loading.save_model(self._loaded, directory)
+
+    def close(self) -> None:
+        """Abort what runs and give the device memory back. Closing twice is fine."""
+        with self._lock:
+            self._engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # -- checking arguments -----------------------------------------------------------------------
+
+    def _check(
+        self,
+        prompts: Any,
+        adapter_ids: Any,
+        sampling_params: Any,
+        *,
+        special_tokens: bool = True,
+    ) -> list[_Checked]:
+        """Everything that can be known to be wrong is refused here, before anything is queued."""
+        if isinstance(adapter_ids, SamplingParams):
+            raise InvalidRequestError(
+                "the second argument is adapter_ids: pass sampling_params by name"
+            )
+        prompts = _prompt_list(prompts)
+        adapters = [_adapter_id(a) for a in _spread("adapter_ids", adapter_ids, len(prompts))]
+        params = [
+            _sampling_params(p) for p in _spread("sampling_params", sampling_params, len(prompts))
+        ]
+        with self._lock:
+            for adapter_id in adapters:
+                self._engine.adapter_version(adapter_id)
+        return [
+            (*self._tokens(index, prompt, special_tokens), params[index], adapters[index])
+            for index, prompt in enumerate(prompts)
+        ]
+
+    def _tokens(
+        self, index: int, prompt: Any, special_tokens: bool
+    ) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            return prompt, self.tokenizer.encode(prompt, add_special_tokens=special_tokens)
+        if not _is_token_ids(prompt):
+            raise InvalidRequestError(
+                f"prompt {index} is {_short(prompt)}: give text or a list of token ids"
+            )
+        return None, [int(token_id) for token_id in prompt]
+
+    def _render(self, conversation: Any) -> str:
+        from checkpoints.errors import CheckpointError
+
+        try:
+            return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True)
+        except CheckpointError as error:
+            raise InvalidRequestError(f"the conversation cannot be rendered: {error}") from error
+
+
+def _engine_config(config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:
+    known = [field.name for field in dataclasses.fields(EngineConfig)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ConfigError(f"unknown option {', '.join(unknown)}: there are {', '.join(known)}")
+    if config is None:
+        return EngineConfig(**options)
+    if not isinstance(config, EngineConfig):
+        raise ConfigError(f"config is {_short(config)}: give an EngineConfig")
+    return dataclasses.replace(config, **options)
+
+
+def _choose_dtype(config: EngineConfig, device: jax.Device) -> jnp.dtype:
+    if config.dtype != "auto":
+        return jnp.dtype(config.dtype)
+    if device.platform == "tpu":
+        return jnp.dtype(jnp.bfloat16)
+    if device.platform == "gpu":
+        capability = float(getattr(device, "compute_capability", "0"))
+        return jnp.dtype(jnp.bfloat16 if capability >= 8 else jnp.float16)
+    return jnp.dtype(jnp.float32)
+
+
+def _kv_layout(
+    config: EngineConfig, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
+) -> KVLayout:
+    page_size = config.page_size or choose_page_size(num_kv_heads, head_dim, dtype.itemsize)
+    try:
+        return KVLayout(num_kv_heads, head_dim, page_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _implementation(config: EngineConfig) -> str | None:
+    if config.kernels == "auto":
+        return None
+    if config.kernels in ("gpu", "tpu"):
+        raise ConfigError(
+            f"kernels={config.kernels!r} is not in this version: 'auto' and 'xla' run everywhere"
+        )
+    return config.kernels
+
+
+def _pool_bytes(config: EngineConfig, device: jax.Device) -> int:
+    if config.pool_bytes is not None:
+        return config.pool_bytes
+    memory = device.memory_stats() or {}
+    if "bytes_limit" not in memory:
+        return DEFAULT_POOL_BYTES
+    return int(config.memory_fraction * (memory["bytes_limit"] - memory.get("bytes_in_use", 0)))
+
+
+def _max_model_len(config: EngineConfig, model_limit: int, pool_tokens: int) -> int:
+    if pool_tokens < 2:
+        raise ConfigError("the pool holds less than one page of KV: raise pool_bytes")
+    asked = config.max_model_len
+    if asked is None:
+        return min(model_limit, pool_tokens)
+    if asked < 2 or asked > model_limit:
+        raise ConfigError(
+            f"max_model_len={asked} must be 2 to {model_limit}, the model's "
+            "max_position_embeddings"
+        )
+    if asked > pool_tokens:
+        raise ConfigError(
+            f"max_model_len={asked} does not fit: the pool holds {pool_tokens} tokens of KV; "
+            "raise pool_bytes or lower max_model_len"
+        )
+    return asked
+
+
+def _prompt_list(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str) or (_is_token_ids(prompts) and len(prompts)):
+        return [prompts]
+    if isinstance(prompts, Mapping) or not hasattr(prompts, "__iter__"):
+        raise InvalidRequestError(
+            f"prompts is {_short(prompts)}: give text, token ids, or a list of either"
+        )
+    return list(prompts)
+
+
+def _is_token_ids(value: Any) -> bool:
+    return (
+        hasattr(value, "__len__")
+        and hasattr(value, "__iter__")
+        and not isinstance(value, str | bytes | Mapping)
+        and getattr(value, "ndim", 1) == 1
+        and all(isinstance(i, Integral) and not isinstance(i, bool) for i in value)
+    )
+
+
+def _spread(name: str, value: Any, count: int) -> list[Any]:
+    """One value for all prompts, or a list with one for each."""
+    if value is None or isinstance(value, str | SamplingParams | Mapping):
+        return [value] * count
+    if not isinstance(value, Sequence):
+        raise InvalidRequestError(f"{name} is {_short(value)}: give one, or a list with one a prompt")
+    if len(value) != count:
+        raise InvalidRequestError(
+            f"{name} has {len(value)} entries for {count} prompts: give one, or as many as prompts"
+        )
+    return list(value)
+
+
+def _adapter_id(value: Any) -> str | None:
+    if value is None or value == BASE:
+        return None
+    if not isinstance(value, str):
+        raise InvalidRequestError(
+            f"adapter id {_short(value)} is not a name: give a loaded adapter's name, "
+            f"or None or {BASE!r} for the base model"
+        )
+    return value
+
+
+def _sampling_params(value: Any) -> SamplingParams:
+    if value is None:
+        return SamplingParams()
+    if isinstance(value, SamplingParams):
+        return value
+    if isinstance(value, Mapping):
+        return SamplingParams.from_dict(value)
+    raise InvalidRequestError(f"sampling_params is {_short(value)}: give SamplingParams or a dict")
+
+
+def _check_adapter_name(name: Any) -> None:
+    if not isinstance(name, str) or not name or name == BASE:
+        raise InvalidRequestError(
+            f"adapter name {_short(name)} cannot be used: give a non-empty string other than {BASE!r}"
+        )
+
+
+def _conversations(messages: Any) -> list[Any]:
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise InvalidRequestError(
+            f"messages is {_short(messages)}: give a list of "
+            "{'role': …, 'content': …} messages, or a list of such lists"
+        )
+    if messages and isinstance(messages[0], Mapping):
+        return [messages]
+    for conversation in messages:
+        if isinstance(conversation, str) or not isinstance(conversation, Sequence):
+            raise InvalidRequestError(
+                f"a conversation is {_short(conversation)}: give a list of messages"
+            )
+        if not conversation:
+            raise InvalidRequestError("a conversation is empty: give at least one message")
+    return list(messages)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _raise_failures(outputs: list[RequestOutput]) -> None:
+    failed = [output for output in outputs if output.error is not None]
+    if failed:
+        first = failed[0]
+        raise RequestFailedError(
+            f"{len(failed)} of {len(outputs)} requests failed; the first (adapter "
+            f"{first.adapter_id!r}): {first.error}",
+            outputs,
+        ) from first.error
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C during a step waits for its end: a step cut in half would lose the donated pool.
+
+    A second Ctrl-C is not held back. Outside the main thread signals do not arrive, and nothing is
+    changed.
+    """
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+
+    def note(signum: int, frame: object) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.getsignal(signal.SIGINT)
+    if not callable(previous):
+        yield interrupted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,313 @@
+"""From files or arrays to a model on the device and adapters in page form.
+
+The only importer of ``checkpoints``, and lazily: ``import slora_jax`` stays light, and a foreign
+package of that name is found out here. Owns the mapping of stored tensors onto fused weights and of
+LoRA pairs onto pages; refuses to know file formats (``checkpoints``) and the pool (``page_pool``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from pallas_kernels.layout import TARGETS, AdapterLayout, stored_rank
+from slora_jax.adapter_store import PackedAdapter
+from slora_jax.errors import AdapterLoadError, ModelLoadError
+from slora_jax.layers.rope import RopeScaling
+from slora_jax.models.llama import Llama, LlamaConfig
+from slora_jax.sharding import named_sharding
+
+if TYPE_CHECKING:
+    from checkpoints.peft_lora import LoraAdapter
+    from checkpoints.tokenizer import Tokenizer
+
+Axes = tuple[str, ...]
+ParamPath = tuple[str | int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model on its devices and what its directory says about how to use it."""
+
+    model: Llama
+    tokenizer: Tokenizer
+    eos_token_ids: tuple[int, ...]
+    hyperparameters: dict[str, Any]
+    """As ``checkpoints`` normalises them."""
+    directory: Path
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: jnp.dtype,
+    mesh: jax.sharding.Mesh,
+    progress: bool,
+) -> LoadedModel:
+    """Read a base model: a directory (Hugging Face or our Orbax form), a hub id, or the demo alias.
+
+    Tensors are read one at a time, cast to ``dtype`` and sent to ``mesh``.
+
+    Raises:
+        ModelLoadError: it cannot be found or read, or asks for what is not supported, by name.
+    """
+    _require_own_checkpoints()
+    from checkpoints import errors, hf_llama, orbax, sources
+    from checkpoints.tokenizer import Tokenizer
+
+    try:
+        directory = sources.resolve_model(name_or_path, progress=progress)
+        if orbax.is_orbax_model(directory):
+            hyperparameters = orbax.read_config(directory)
+            model = _restore(directory, _to_config(hyperparameters), dtype, mesh)
+        else:
+            checkpoint = hf_llama.open_llama(directory)
+            hyperparameters = checkpoint.config
+            model = _read(checkpoint, _to_config(hyperparameters), dtype, mesh, progress)
+        tokenizer = Tokenizer.from_directory(directory)
+    except errors.CheckpointError as error:
+        raise ModelLoadError(str(error)) from error
+    eos = {*hyperparameters["eos_token_ids"]}
+    if tokenizer.eos_token_id is not None:
+        eos.add(tokenizer.eos_token_id)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        eos_token_ids=tuple(sorted(eos)),
+        hyperparameters=dict(hyperparameters),
+        directory=directory,
+    )
+
+
+def save_model(loaded: LoadedModel, directory: str | os.PathLike[str]) -> None:
+    """Write a loaded model in Orbax form, with its tokenizer; ``load_model`` reads it back.
+
+    Raises:
+        ModelLoadError: the directory cannot be written.
+    """
+    from checkpoints import errors, orbax
+
+    flat = _flat_params(nnx.state(loaded.model))
+    params = {_dotted(path): variable[...] for path, variable in flat}
+    try:
+        orbax.save_model(
+            Path(directory), loaded.hyperparameters, params, files_from=loaded.directory
+        )
+    except errors.CheckpointError as error:
+        raise ModelLoadError(str(error)) from error
+
+
+def adapter_loader(
+    source: str | os.PathLike[str],
+    hyperparameters: Mapping[str, Any],
+    layout: AdapterLayout,
+    dtype: jnp.dtype,
+) -> Callable[[], PackedAdapter]:
+    """A function that reads the PEFT directory (or hub id) ``source`` into page form.
+
+    The name is resolved now, so that a reload reads the very same directory. Calling it raises
+    ``AdapterLoadError`` where the files cannot be used.
+    """
+    _require_own_checkpoints()
+    from checkpoints import errors, peft_lora, sources
+
+    def load() -> PackedAdapter:
+        try:
+            adapter = peft_lora.read_peft_adapter(directory, dict(hyperparameters))
+        except errors.CheckpointError as error:
+            raise AdapterLoadError(str(error)) from error
+        return pack_adapter(adapter, hyperparameters["num_layers"], layout, dtype)
+
+    try:
+        directory = sources.resolve_adapter(source).resolve()
+    except errors.CheckpointError as error:
+        raise AdapterLoadError(str(error)) from error
+    return load
+
+
+def adapter_from_arrays(
+    arrays: Mapping[str, Any],
+    config: Mapping[str, Any],
+    hyperparameters: Mapping[str, Any],
+    layout: AdapterLayout,
+    dtype: jnp.dtype,
+    *,
+    source: str,
+) -> PackedAdapter:
+    """In-memory tensors under PEFT's names, with PEFT's config, into page form.
+
+    Raises:
+        AdapterLoadError: they do not fit each other or the base model.
+    """
+    _require_own_checkpoints()
+    from checkpoints import errors, peft_lora
+
+    try:
+        adapter = peft_lora.parse_peft_adapter(
+            {name: np.asarray(array) for name, array in arrays.items()},
+            config,
+            dict(hyperparameters),
+            source=source,
+        )
+    except errors.CheckpointError as error:
+        raise AdapterLoadError(str(error)) from error
+    return pack_adapter(adapter, hyperparameters["num_layers"], layout, dtype)
+
+
+def pack_adapter(
+    adapter: LoraAdapter, num_layers: int, layout: AdapterLayout, dtype: jnp.dtype
+) -> PackedAdapter:
+    """LoRA pairs → pages [layers, pages, rows, 128] in the pool's dtype.
+
+    A target's rank is its largest over the layers; layers without it hold zeros, since a page id
+    means the same page in every layer.
+    """
+    ranks = [0] * len(TARGETS)
+    scaling = np.zeros((num_layers, len(TARGETS)), np.float32)
+    layers: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for (layer, target), pair in adapter.pairs.items():
+        column = TARGETS.index(target)
+        ranks[column] = max(ranks[column], stored_rank(pair.rank))
+        scaling[layer, column] = pair.scaling
+        layers.setdefault(layer, {})[target] = pair.a, pair.b
+    try:
+        pages = layout.pack(layers, num_layers, ranks, dtype)
+    except ValueError as error:
+        raise AdapterLoadError(f"the adapter does not fit dtype {np.dtype(dtype)}: {error}") from error
+    return PackedAdapter(
+        digest=adapter.digest,
+        ranks=tuple(ranks),
+        num_pages=pages.shape[1],
+        nbytes=pages.nbytes,
+        pages=pages,
+        scaling=scaling,
+    )
+
+
+def adapter_layout(config: LlamaConfig, rows_per_page: int) -> AdapterLayout:
+    """How this model's adapters lie in pages of so many rows."""
+    features = config.target_features()
+    return AdapterLayout(
+        in_features=tuple(features[target][0] for target in TARGETS),
+        out_features=tuple(features[target][1] for target in TARGETS),
+        rows_per_page=rows_per_page,
+    )
+
+
+def _to_config(hyperparameters: Mapping[str, Any]) -> LlamaConfig:
+    names = [field.name for field in dataclasses.fields(LlamaConfig)]
+    values = {name: hyperparameters[name] for name in names}
+    if values["rope_scaling"] is not None:
+        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+    if values["head_dim"] > 128:
+        raise ModelLoadError(f"head_dim={values['head_dim']} is not supported: 128 is the largest")
+    return LlamaConfig(**values)
+
+
+class _TensorSource(Protocol):
+    def read(self, name: str) -> np.ndarray: ...
+
+
+def _read(
+    checkpoint: _TensorSource,
+    config: LlamaConfig,
+    dtype: jnp.dtype,
+    mesh: jax.sharding.Mesh,
+    progress: bool,
+) -> Llama:
+    def load(path: ParamPath, axes: Axes) -> jax.Array:
+        parts = [_cast(checkpoint.read(name), dtype, name) for name in _stored_names(path)]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return jax.device_put(whole, named_sharding(mesh, axes))
+
+    return _fill(config, dtype, load, progress)
+
+
+def _restore(
+    directory: Path, config: LlamaConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh
+) -> Llama:
+    from checkpoints import orbax
+
+    abstract: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, variable in _flat_params(nnx.state(_abstract_model(config, dtype))):
+        abstract[_dotted(path)] = jax.ShapeDtypeStruct(
+            variable.shape,
+            dtype,
+            sharding=named_sharding(mesh, variable.get_metadata("out_sharding")),
+        )
+    restored = orbax.restore_model(directory, abstract)
+    return _fill(config, dtype, lambda path, axes: restored[_dotted(path)], progress=False)
+
+
+def _abstract_model(config: LlamaConfig, dtype: jnp.dtype) -> Llama:
+    return nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def _fill(
+    config: LlamaConfig,
+    dtype: jnp.dtype,
+    load: Callable[[ParamPath, Axes], jax.Array],
+    progress: bool,
+) -> Llama:
+    """A model whose every parameter is what ``load(path, logical axes)`` returns."""
+    graph, state = nnx.split(_abstract_model(config, dtype))
+    flat = _flat_params(state)
+    bar = tqdm(flat, desc="Loading weights", disable=not progress, delay=1.0)
+    filled = [
+        (path, variable.replace(load(path, variable.get_metadata("out_sharding"))))
+        for path, variable in bar
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _flat_params(state: nnx.State) -> list[tuple[ParamPath, nnx.Variable]]:
+    return list(nnx.to_flat_state(state))
+
+
+def _dotted(path: ParamPath) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def _stored_names(path: ParamPath) -> list[str]:
+    """The stored tensors, in canonical names, that side by side make the parameter at ``path``."""
+    if path[0] != "layers":
+        return [str(path[0])]
+    fused = {"qkv": ("q", "k", "v"), "out": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+    layer, owner = path[1], str(path[-2])
+    return [f"layers.{layer}.{name}" for name in fused.get(owner, (owner,))]
+
+
+def _cast(array: np.ndarray, dtype: jnp.dtype, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype, copy=False)
+    if np.dtype(dtype) == np.float16 and not np.isfinite(cast).all():
+        raise ModelLoadError(
+            f"{name} has values beyond float16: choose dtype='float32' or a device with bfloat16"
+        )
+    return cast
+
+
+def _require_own_checkpoints() -> None:
+    """Raise where another package called ``checkpoints`` hides ours."""
+    import checkpoints
+
+    found = [Path(p).resolve() for p in _package_paths(checkpoints)]
+    ours = Path(__file__).resolve().parent.parent / "checkpoints"
+    if ours not in found:
+        raise ModelLoadError(
+            f"another package named 'checkpoints' is imported from {', '.join(map(str, found))} "
+            f"and hides the one of slora-jax at {ours}: rename or remove it, or change sys.path"
+        )
+
+
+def _package_paths(module: Any) -> Iterable[str]:
+    return list(getattr(module, "__path__", [])) or [getattr(module, "__file__", None) or "memory"]

@@ -1,0 +1,228 @@
+"""Llama (Touvron et al., arXiv 2302.13971; grouped-query attention of arXiv 2305.13245) in Flax NNX.
+
+Reads like the paper: embedding, pre-norm blocks of attention and SwiGLU, final norm, output
+projection. K and V live in the page pool, adapters too, so the pool goes through every layer and
+comes back. Knows neither requests nor the scheduler: a ForwardBatch is all it sees of a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.layout import GROUPS, AdapterLayout, KVLayout
+from pallas_kernels.paged_attention.api import AttentionBatch, kv_write, paged_attention
+from pallas_kernels.paged_lora.api import paged_lora, prepare
+from slora_jax.batch import ForwardBatch
+from slora_jax.layers.embedding import Embedding
+from slora_jax.layers.linear import AddLora, LoRALinear, no_lora
+from slora_jax.layers.norm import RMSNorm
+from slora_jax.layers.rope import RopeScaling, apply_rope, inverse_frequencies, rope_angles
+
+Pool = tuple[jax.Array, ...]
+"""One array [pages, rows, 128] per layer; donated through every step."""
+
+QKV, OUT, GATE_UP, DOWN = GROUPS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """Hyperparameters, by our own names; ``checkpoints`` maps each file format onto them."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+    def target_features(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each linear layer an adapter can have."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        heads, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q": (hidden, heads),
+            "k": (hidden, kv),
+            "v": (hidden, kv),
+            "o": (heads, hidden),
+            "gate": (hidden, inner),
+            "up": (hidden, inner),
+            "down": (inner, hidden),
+        }
+
+    def group_features(self, group: tuple[str, ...]) -> tuple[int, tuple[int, ...]]:
+        """Inputs, and outputs of each target, of targets that share an input."""
+        features = [self.target_features()[target] for target in group]
+        return features[0][0], tuple(out for _, out in features)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolView:
+    """How the pool's bytes are read, and by which kernels: static, part of what is compiled."""
+
+    kv: KVLayout
+    adapters: AdapterLayout
+    kernels: str | None
+    """Implementation name of both ops; None takes the best for the backend."""
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention over the paged history of each token's own sequence."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        self.qkv = LoRALinear(
+            *config.group_features(QKV), QKV, ("heads", "embed"), dtype=dtype, rngs=rngs
+        )
+        self.out = LoRALinear(
+            *config.group_features(OUT), OUT, ("embed", "heads"), dtype=dtype, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        batch: AttentionBatch,
+        pool: jax.Array,
+        view: PoolView,
+        add_lora: AddLora,
+    ) -> tuple[jax.Array, jax.Array]:
+        """``x`` [T, hidden] → (same, this layer's pool with the new K and V in it)."""
+        cfg, tokens = self.config, x.shape[0]
+        q_size, kv_size = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+        q, k, v = jnp.split(self.qkv(x, pool, add_lora), [q_size, q_size + kv_size], axis=-1)
+        q = apply_rope(q.reshape(tokens, cfg.num_heads, cfg.head_dim), angles)
+        k = apply_rope(k.reshape(tokens, cfg.num_kv_heads, cfg.head_dim), angles)
+        v = v.reshape(tokens, cfg.num_kv_heads, cfg.head_dim)
+        pool = kv_write(
+            pool, k, v, batch.slots, layout=view.kv, implementation=view.kernels
+        )
+        attended = paged_attention(
+            q,
+            pool,
+            batch,
+            layout=view.kv,
+            scale=cfg.head_dim**-0.5,
+            implementation=view.kernels,
+        )
+        return self.out(attended.reshape(tokens, q_size), pool, add_lora), pool
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gate_up = LoRALinear(
+            *config.group_features(GATE_UP), GATE_UP, ("mlp", "embed"), dtype=dtype, rngs=rngs
+        )
+        self.down = LoRALinear(
+            *config.group_features(DOWN), DOWN, ("embed", "mlp"), dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array, pool: jax.Array, add_lora: AddLora) -> jax.Array:
+        """``x`` [T, hidden] → same shape; ``pool`` holds the adapters."""
+        gate, up = jnp.split(self.gate_up(x, pool, add_lora), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up, pool, add_lora)
+
+
+class Block(nnx.Module):
+    """One decoder layer: each half reads a normalised stream and adds to it."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        norm = {"eps": config.rms_norm_eps, "dtype": dtype}
+        self.input_norm = RMSNorm(config.hidden_size, **norm)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_norm = RMSNorm(config.hidden_size, **norm)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        batch: AttentionBatch,
+        pool: jax.Array,
+        view: PoolView,
+        add_lora: AddLora,
+    ) -> tuple[jax.Array, jax.Array]:
+        """``x`` [T, hidden] → (same, this layer's pool)."""
+        with jax.named_scope("attention"):
+            delta, pool = self.attention(
+                self.input_norm(x), angles, batch, pool, view, add_lora
+            )
+        x = x + delta
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.post_attention_norm(x), pool, add_lora), pool
+
+
+class Llama(nnx.Module):
+    """The decoder. Made with random weights; loading replaces them (``slora_jax.loading``)."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs
+        )
+        self.layers = nnx.List(
+            [Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
+        )
+        self.final_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        )
+
+    def __call__(
+        self, batch: ForwardBatch, pool: Pool, view: PoolView
+    ) -> tuple[jax.Array, Pool]:
+        """One step: the pool comes back with the step's K and V; returns hidden [T, hidden] too."""
+        cfg = self.config
+        frequencies = jnp.asarray(
+            inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+        )
+        angles = rope_angles(batch.attention.positions, frequencies)
+        add_lora_of_layer = _lora_of_layers(batch, view)
+        x = self.embed_tokens(batch.token_ids)
+        new_pool = []
+        for index, (block, layer_pool) in enumerate(zip(self.layers, pool, strict=True)):
+            with jax.named_scope(f"layer_{index}"):
+                x, layer_pool = block(
+                    x, angles, batch.attention, layer_pool, view, add_lora_of_layer(index)
+                )
+            new_pool.append(layer_pool)
+        return self.final_norm(x), tuple(new_pool)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """``hidden`` [rows, hidden] → f32[rows, vocab]."""
+        return (self.lm_head or self.embed_tokens).logits(hidden)
+
+
+def _lora_of_layers(batch: ForwardBatch, view: PoolView) -> Callable[[int], AddLora]:
+    """layer index → AddLora. The plan is computed once and shared by all layers."""
+    if batch.lora is None:
+        return lambda layer: no_lora
+    plan = prepare(batch.lora, view.adapters, implementation=view.kernels)
+
+    def of_layer(layer: int) -> AddLora:
+        return lambda y, x, pool, group: paged_lora(
+            y,
+            x,
+            pool,
+            plan,
+            layer=layer,
+            group=group,
+            layout=view.adapters,
+            implementation=view.kernels,
+        )
+
+    return of_layer
