@@ -174,6 +174,7 @@ class _GgufLlama:
         merges = [tuple(merge.split(" ")) for merge in self.get("tokenizer.ggml.merges", list)]
         if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
             self.fail("the token list is inconsistent (types missing, or a token twice).")
+        bos = self.bos(tokens)
         try:
             return build_byte_level_bpe(
                 tokens,
@@ -181,11 +182,24 @@ class _GgufLlama:
                 special=[tokens[id_] for id_, kind in enumerate(types) if kind == _CONTROL],
                 added=[tokens[id_] for id_, kind in enumerate(types) if kind == _USER_DEFINED],
                 split_digits=True,
+                bos=bos,
             )
         except Exception as error:  # the Rust library raises bare Exceptions
             raise CheckpointError(
                 f"{self.path}: the tokenizer is inconsistent ({error})."
             ) from error
+
+    def bos(self, tokens: list[str]) -> str | None:
+        """The token put before every text, if the file says that one is."""
+        if not self.metadata.get("tokenizer.ggml.add_bos_token"):
+            return None
+        id_ = self.get("tokenizer.ggml.bos_token_id", int)
+        return tokens[self.token_id("bos", id_, len(tokens))]
+
+    def token_id(self, kind: str, id_: Any, count: int) -> int:
+        if not isinstance(id_, int) or not 0 <= id_ < count:
+            self.fail(f"tokenizer.ggml.{kind}_token_id={id_!r} is no token.")
+        return id_
 
     def tokenizer_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """`tokenizer_config.json`; its class makes transformers take tokenizer.json as it is."""
@@ -198,13 +212,8 @@ class _GgufLlama:
         }
         for hf, ggml in names.items():
             id_ = self.metadata.get(f"tokenizer.ggml.{ggml}_token_id")
-            if id_ is None:
-                continue
-            if not isinstance(id_, int) or not 0 <= id_ < len(tokens):
-                self.fail(f"tokenizer.ggml.{ggml}_token_id={id_!r} is no token.")
-            result[f"{hf}_token"] = tokens[id_]
-        if self.metadata.get("tokenizer.ggml.add_bos_token"):
-            result["add_bos_token"] = True
+            if id_ is not None:
+                result[f"{hf}_token"] = tokens[self.token_id(ggml, id_, len(tokens))]
         template = self.metadata.get("tokenizer.chat_template")
         if isinstance(template, str):
             result["chat_template"] = template

@@ -102,9 +102,10 @@ def restore_model(
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             metadata = checkpointer.metadata(path / "params")
-            saved = {name: tuple(info.shape) for name, info in metadata.item_metadata.tree.items()}
+            tree = metadata.item_metadata.tree  # None.tree if Orbax finds no metadata
+            saved = {name: tuple(info.shape) for name, info in tree.items()}
         except Exception as error:  # tensorstore and Orbax raise many types
-            raise CheckpointError(f"{path}: damaged Orbax metadata ({error}).") from error
+            raise CheckpointError(f"{path}: damaged Orbax checkpoint ({error}).") from error
         _check_names_and_shapes(path, saved, abstract)
         try:
             return checkpointer.restore(path / "params", dict(abstract))

@@ -108,8 +108,12 @@ def _from_hub(repo: str, patterns: tuple[str, ...], progress: bool) -> Path:
             f"{repo}: no such directory here, and fetching it from the Hugging Face hub needs "
             'huggingface_hub; pip install "slora-jax[hub]".'
         ) from error
+    wanted: dict[str, Any] = {
+        "allow_patterns": list(patterns),
+        "ignore_patterns": ["*/*"],
+    }  # not original/, onnx/
     with contextlib.suppress(LocalEntryNotFoundError, ValueError, OSError):
-        local = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+        local = Path(huggingface_hub.snapshot_download(repo, local_files_only=True, **wanted))
         if _is_complete(local):
             return local
     try:
@@ -122,13 +126,7 @@ def _from_hub(repo: str, patterns: tuple[str, ...], progress: bool) -> Path:
                 f"{repo}: has no safetensors on the hub, only {names}; pickles are never loaded."
             )
         with _hub_progress(progress):
-            local = huggingface_hub.snapshot_download(
-                repo,
-                revision=info.sha,
-                allow_patterns=list(patterns),
-                ignore_patterns=["*/*"],  # original/, onnx/, …
-                etag_timeout=_HUB_SECONDS,
-            )
+            local = huggingface_hub.snapshot_download(repo, etag_timeout=_HUB_SECONDS, **wanted)
     except CheckpointError:
         raise
     except Exception as error:  # httpx, requests, OSError, hub errors: it differs by version
@@ -156,10 +154,10 @@ def _hub_progress(progress: bool) -> Iterator[None]:
 
 
 def _is_complete(directory: Path) -> bool:
-    """Whether a snapshot has its config and all its weights: an interrupted download has not."""
+    """Whether a snapshot has all that is needed: an interrupted download has not."""
     if (directory / "adapter_config.json").exists():
         return (directory / "adapter_model.safetensors").exists()
-    if not (directory / "config.json").exists():
+    if not all((directory / name).exists() for name in ("config.json", "tokenizer.json")):
         return False
     if (directory / "model.safetensors").exists():
         return True

@@ -57,6 +57,8 @@ def write_synthetic_llama(
 ) -> dict[str, Any]:
     """Write a random Llama with a working tokenizer; return its normalised config.
 
+    `add_bos_token`: whether the tokenizer puts BOS before every text, as Llama 3's does.
+
     The tokenizer has one token per byte, `SPECIAL_TOKENS`, and pairs of letters up to `vocab_size`
     (at least 261). `rope_scaling`: None, or Llama 3's four numbers. Equal arguments give equal
     files.
@@ -163,8 +165,11 @@ def _write_tokenizer(path: Path, vocab_size: int, max_length: int, add_bos_token
     letters = "etaoinsrhldcumfpgwybvk"
     merges = list(itertools.islice(itertools.product(letters, letters), vocab_size - len(tokens)))
     tokens += [first + second for first, second in merges]
-    build_byte_level_bpe(tokens, merges, special=SPECIAL_TOKENS).save(str(path / "tokenizer.json"))
     bos, eos, _, _, pad = SPECIAL_TOKENS
+    tokenizer = build_byte_level_bpe(
+        tokens, merges, special=SPECIAL_TOKENS, bos=bos if add_bos_token else None
+    )
+    tokenizer.save(str(path / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
@@ -174,8 +179,6 @@ def _write_tokenizer(path: Path, vocab_size: int, max_length: int, add_bos_token
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    if add_bos_token:
-        tokenizer_config["add_bos_token"] = True
     write_json(path / "tokenizer_config.json", tokenizer_config)
 
 

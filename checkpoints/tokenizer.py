@@ -1,8 +1,8 @@
 """Text to token ids and back, and chat templates, from a Hugging Face directory.
 
-It owns what transformers does around a `tokenizer.json`: which tokens are special, when BOS and EOS
-are added, which chat template applies and what that template may see. It refuses to know models,
-requests and streaming, and every other format: a `tokenizer.model` alone is an error with advice.
+It owns what transformers does around a `tokenizer.json`: which tokens are special, which chat
+template applies and what that template may see. It refuses to know models, requests and streaming,
+and every other format: a `tokenizer.model` alone is an error with advice.
 """
 
 import json
@@ -66,14 +66,15 @@ class Tokenizer:
     def from_directory(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
         """Read `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
 
-        Only the first is needed. Raises `CheckpointError`.
+        Only the first is needed; its post-processor alone decides about BOS and EOS, as in
+        transformers (`add_bos_token` of `tokenizer_config.json` has no say). Raises
+        `CheckpointError`.
         """
         path = require_directory(directory, "a tokenizer")
         backend = _read_backend(path)
         config = _optional_json(path / "tokenizer_config.json")
         named = _named_tokens(_optional_json(path / "special_tokens_map.json"), config)
         _add_missing_tokens(backend, config, named)
-        _add_bos_and_eos(backend, config, named)
         return cls(
             backend,
             named_tokens=named,
@@ -176,11 +177,13 @@ def build_byte_level_bpe(
     special: Sequence[str] = (),
     added: Sequence[str] = (),
     split_digits: bool = False,
+    bos: str | None = None,
 ) -> tokenizers.Tokenizer:
     """A GPT-2 style tokenizer: `tokens[id]` in the byte alphabet, `merges` in order of priority.
 
     `special` and `added` are tokens (of `tokens`) matched whole before anything else; only the
-    special ones are skipped by `decode`. `split_digits` makes each digit a word of its own.
+    special ones are skipped by `decode`. `split_digits` makes each digit a word of its own. `bos`
+    (of `tokens`) is put before every encoded text.
     """
     vocab = {token: id_ for id_, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
@@ -193,6 +196,10 @@ def build_byte_level_bpe(
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([_added_token(text, special=True) for text in special])
     backend.add_tokens([_added_token(text, special=False) for text in added])
+    if bos is not None:
+        backend.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], special_tokens=[(bos, vocab[bos])]
+        )
     return backend
 
 
@@ -260,46 +267,37 @@ def _add_missing_tokens(
             known.add(text)
 
 
-def _add_bos_and_eos(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]
-) -> None:
-    """An explicit `add_bos_token` or `add_eos_token` replaces the tokenizer's post-processor."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    bos = named.get("bos_token") if config.get("add_bos_token") else None
-    eos = named.get("eos_token") if config.get("add_eos_token") else None
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*([bos] if bos else []), "$A", *([eos] if eos else [])],
-        special_tokens=[(text, backend.token_to_id(text)) for text in (bos, eos) if text],
-    )
-
-
 def _read_chat_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> template; `chat_template.jinja` wins over `tokenizer_config.json`."""
-    file = path / "chat_template.jinja"
-    if file.exists():
-        try:
-            return {"default": file.read_text(encoding="utf-8")}
-        except (OSError, UnicodeError) as error:
-            raise CheckpointError(f"{file}: cannot be read: {error}.") from error
+    """Name -> template; `.jinja` files win over `tokenizer_config.json`."""
+    files = {file.stem: file for file in (path / "additional_chat_templates").glob("*.jinja")}
+    if (path / "chat_template.jinja").exists():
+        files["default"] = path / "chat_template.jinja"
+    if files:
+        return {name: _read_text(file) for name, file in files.items()}
     template = config.get("chat_template")
     if template is None:
         return {}
     if isinstance(template, str):
         return {"default": template}
-    try:
-        templates = {entry["name"]: entry["template"] for entry in template}
-    except (TypeError, KeyError) as error:
-        templates = None
-        cause = error
-    else:
-        cause = None
-    if templates is None or not all(isinstance(text, str) for text in templates.values()):
-        raise CheckpointError(
-            f"{path / 'tokenizer_config.json'}: chat_template must be a string or a list of "
-            '{"name": …, "template": …}.'
-        ) from cause
+    templates = {}
+    for entry in template if isinstance(template, list) else [None]:
+        name, text = (
+            (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (0, 0)
+        )
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise CheckpointError(
+                f"{path / 'tokenizer_config.json'}: chat_template must be a string or a list of "
+                '{"name": …, "template": …}.'
+            )
+        templates[name] = text
     return templates
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}.") from error
 
 
 def _template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

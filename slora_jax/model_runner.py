@@ -4,9 +4,9 @@ Owns the weights' state, the page pool and the set of compiled sizes. Takes the 
 packs it, launches the programs and brings back tokens. It refuses to know why a request was chosen
 and what becomes of its tokens.
 
-Two programs make a step: *forward* (tokens → hidden states; the pool is donated) and *sample* (the
-rows that end a chunk → next tokens). They are separate so that the many ways to sample multiply only
-the small one's compilations.
+Two parts make a step: *forward* (tokens → hidden states; the pool is donated) and *sample* (the rows
+that end a chunk → next tokens). They are separate so that the many ways to sample multiply only the
+small one's compilations.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from slora_jax.adapter_cache import SwapIn
-from slora_jax.batch import ForwardBatch
+from slora_jax.forward_programs import Weights, make_forward, over_leaves
 from slora_jax.input_packing import (
     ResidentAdapter,
     StepShape,
@@ -108,8 +107,9 @@ class ModelRunner:
         max_tiles: int,
         max_model_len: int,
     ):
-        graph, self.state = nnx.split(model)
         self.view = view
+        self._forward = make_forward(model, view, mesh.devices.flat[0].platform)
+        head_of, self._weights = over_leaves(model)
         self.pool: Pool = allocate_pool(
             model.config.num_layers,
             (num_pages, view.kv.rows_per_page, 128),
@@ -123,29 +123,26 @@ class ModelRunner:
         self._samples = Buckets((1 << 30,))
         self._scores = Buckets((1 << 30,))
 
-        def forward(state: nnx.State, pool: Pool, batch: ForwardBatch) -> tuple[jax.Array, Pool]:
-            return nnx.merge(graph, state)(batch, pool, view)
-
         def sample_rows(
-            state: nnx.State, hidden: jax.Array, rows: jax.Array, how: SamplingBatch, num_top: int
+            weights: Weights, hidden: jax.Array, rows: jax.Array, how: SamplingBatch, num_top: int
         ) -> tuple[jax.Array, TokenLogprobs | None]:
-            logits = nnx.merge(graph, state).logits(hidden[rows])
+            logits = head_of(weights).logits(hidden[rows])
             tokens = sample(logits, how)
             return tokens, token_logprobs(logits, tokens, num_top) if num_top >= 0 else None
 
         def score_rows(
-            state: nnx.State, hidden: jax.Array, rows: jax.Array, tokens: jax.Array, num_top: int
+            weights: Weights, hidden: jax.Array, rows: jax.Array, tokens: jax.Array, num_top: int
         ) -> TokenLogprobs:
-            return token_logprobs(nnx.merge(graph, state).logits(hidden[rows]), tokens, num_top)
+            return token_logprobs(head_of(weights).logits(hidden[rows]), tokens, num_top)
 
-        self._forward = jax.jit(forward, donate_argnums=1)
         self._sample = jax.jit(sample_rows, static_argnames="num_top")
         self._score = jax.jit(score_rows, static_argnames="num_top")
 
     @property
     def num_compiles(self) -> int:
         """Programs compiled so far."""
-        return sum(f._cache_size() for f in (self._forward, self._sample, self._score))
+        heads = self._sample._cache_size() + self._score._cache_size()
+        return self._forward.num_compiles() + heads
 
     def swap_in(self, swap: SwapIn) -> None:
         """Copy an adapter's pages from CPU memory into the pool; later steps see it."""
@@ -171,7 +168,7 @@ class ModelRunner:
             table_width=self._table_width,
             layout=self.view.adapters,
         )
-        hidden, self.pool = self._forward(self.state, self.pool, batch)
+        hidden, self.pool = self._forward(self.pool, batch)
         rows = first_rows(output, shape, self._tile)
         chunks = (*output.decode, *output.prefill)
         prompt_logprobs = self._score_prompts(hidden, chunks, rows)
@@ -193,7 +190,7 @@ class ModelRunner:
         (size,) = self._samples.choose((len(chunks),))
         asked = [_num_top(request.sampling_params.logprobs) for request in requests]
         tokens, scores = self._sample(
-            self.state,
+            self._weights,
             hidden,
             last_rows(chunks, rows, size),
             pack_sampling(requests, size, default_seeds),
@@ -232,7 +229,7 @@ class ModelRunner:
         row_ids[: len(wanted)] = [row for _, row, _ in wanted]
         targets[: len(wanted)] = [r.prompt_token_ids[position] for r, _, position in wanted]
         asked = [_num_top(request.sampling_params.prompt_logprobs) for request, _, _ in wanted]
-        scores = self._score(self.state, hidden, row_ids, targets, num_top=_bucket_top(max(asked)))
+        scores = self._score(self._weights, hidden, row_ids, targets, num_top=_bucket_top(max(asked)))
         result: dict[str, list[tuple[int, ScoredToken]]] = {}
         scored = _to_scored(targets, scores, asked)
         for (request, _, position), token in zip(wanted, scored, strict=False):
@@ -241,7 +238,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give the device memory back."""
-        for array in jax.tree.leaves((self.state, self.pool)):
+        for array in jax.tree.leaves((self._weights, self.pool)):
             array.delete()
         self._adapters.clear()
 

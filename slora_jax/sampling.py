@@ -6,14 +6,15 @@ nothing but its own logits, options, seed and position, whatever its neighbours,
 number. Letters: K rows of logits, V vocabulary, H history, B banned ids.
 
 The order is vLLM's: bans and penalties on the raw logits; then temperature; then min_p, top_k and
-top_p, each on what the one before left; then the draw. Tokens are as good as tied when float32
-cannot tell them apart after temperature: top_k and top_p keep or drop ties together (as vLLM and
-transformers do for top_k), so that they may keep a few more than k; argmax takes the lowest id.
+top_p, each on what the one before left; then the draw. Ties are kept or dropped together (as vLLM
+and transformers do for top_k), so that a few more than k may stay; argmax takes the lowest id. Tied
+are, for top_k, logits that are equal after temperature, and for top_p, probabilities that agree to
+2**-30.
 
 Nothing is sorted. The kept set is "every token at or above a threshold", and the threshold is found
-by bisection, one pass over the logits per halving, until one more halving could not change the set:
-about 10 to 25 passes. top_p's sums are of integers, which come out the same in any order, so no
-choice of XLA's for the shape of a batch can move a token over the threshold.
+by bisection, one pass over the row per halving, until another could not change the set: 10 to 25
+passes. top_p adds up integers, whose sum is the same in any order, so that no choice XLA makes for
+the shape of a batch can move a token over the threshold.
 """
 
 from __future__ import annotations
@@ -136,7 +137,9 @@ def sample(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
     temperature = jnp.asarray(batch.randomness.temperature)
     is_random = temperature > 0
     # From here on the likeliest token is at 0, so that no temperature can overflow.
-    scaled = (logits - logits.max(-1, keepdims=True)) / jnp.where(is_random, temperature, 1)[:, None]
+    scaled = (logits - logits.max(-1, keepdims=True)) / jnp.where(is_random, temperature, 1)[
+        :, None
+    ]
     weights = jnp.exp(scaled)
     if batch.truncation is not None:
         weights = _truncate(scaled, weights, batch.truncation, is_random)
@@ -322,6 +325,8 @@ def _count(mask: jax.Array) -> jax.Array:
 def _argmax(values: jax.Array) -> jax.Array:
     """i32[K]: the lowest index of each row's maximum; some index for a row with NaN."""
     vocab = values.shape[-1]
+    # Used twice below, and XLA would rather compute it twice, random bits and all.
+    values = lax.optimization_barrier(values)
     is_top = values == values.max(-1, keepdims=True)
     first = jnp.min(jnp.where(is_top, jnp.arange(vocab)[None, :], vocab - 1), axis=-1)
     return first.astype(jnp.int32)

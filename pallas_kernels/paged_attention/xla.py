@@ -32,6 +32,10 @@ def kv_write(
         page, token = slots // layout.page_size, slots % layout.page_size
         where = jnp.concatenate([2 * page, 2 * page + 1]) * layout.page_size
         where = where + jnp.concatenate([token, token])
+    if len(where) == 1:
+        # XLA turns a scatter of one update into something that copies the pool three times on CPU:
+        # write the same once more, into the null page.
+        where, updates = jnp.pad(where, (0, 1)), jnp.concatenate([updates, updates])
     rows = rows.at[where].set(updates, mode="promise_in_bounds")
     return rows.reshape(pool_layer.shape)
 

@@ -8,7 +8,6 @@ comes back. Knows neither requests nor the scheduler: a ForwardBatch is all it s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from flax import nnx
 
 from pallas_kernels.layout import GROUPS, AdapterLayout, KVLayout
 from pallas_kernels.paged_attention.api import AttentionBatch, kv_write, paged_attention
-from pallas_kernels.paged_lora.api import paged_lora, prepare
+from pallas_kernels.paged_lora.api import LoraPlan, paged_lora, prepare
 from slora_jax.batch import ForwardBatch
 from slora_jax.layers.embedding import Embedding
 from slora_jax.layers.linear import AddLora, LoRALinear, no_lora
@@ -76,6 +75,36 @@ class PoolView:
     """Implementation name of both ops; None takes the best for the backend."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepContext:
+    """What all layers share within a step: computed once, read by each."""
+
+    angles: tuple[jax.Array, jax.Array]
+    """Of RoPE: (cos, sin), each f32[T, 1, head_dim / 2]."""
+
+    attention: AttentionBatch
+
+    lora: LoraPlan | None
+    """None where every token is the base model's."""
+
+    def lora_of_layer(self, layer: int | jax.Array, view: PoolView) -> AddLora:
+        """The LoRA term of one layer, as its linears call it."""
+        plan = self.lora
+        if plan is None:
+            return no_lora
+        return lambda y, x, pool, group: paged_lora(
+            y,
+            x,
+            pool,
+            plan,
+            layer=layer,
+            group=group,
+            layout=view.adapters,
+            implementation=view.kernels,
+        )
+
+
 class Attention(nnx.Module):
     """Grouped-query attention over the paged history of each token's own sequence."""
 
@@ -91,26 +120,30 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        batch: AttentionBatch,
         pool: jax.Array,
-        view: PoolView,
+        context: StepContext,
         add_lora: AddLora,
+        view: PoolView,
     ) -> tuple[jax.Array, jax.Array]:
         """``x`` [T, hidden] → (same, this layer's pool with the new K and V in it)."""
         cfg, tokens = self.config, x.shape[0]
         q_size, kv_size = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         q, k, v = jnp.split(self.qkv(x, pool, add_lora), [q_size, q_size + kv_size], axis=-1)
-        q = apply_rope(q.reshape(tokens, cfg.num_heads, cfg.head_dim), angles)
-        k = apply_rope(k.reshape(tokens, cfg.num_kv_heads, cfg.head_dim), angles)
+        q = apply_rope(q.reshape(tokens, cfg.num_heads, cfg.head_dim), context.angles)
+        k = apply_rope(k.reshape(tokens, cfg.num_kv_heads, cfg.head_dim), context.angles)
         v = v.reshape(tokens, cfg.num_kv_heads, cfg.head_dim)
         pool = kv_write(
-            pool, k, v, batch.slots, layout=view.kv, implementation=view.kernels
+            pool,
+            k,
+            v,
+            context.attention.slots,
+            layout=view.kv,
+            implementation=view.kernels,
         )
         attended = paged_attention(
             q,
             pool,
-            batch,
+            context.attention,
             layout=view.kv,
             scale=cfg.head_dim**-0.5,
             implementation=view.kernels,
@@ -139,26 +172,28 @@ class Block(nnx.Module):
     """One decoder layer: each half reads a normalised stream and adds to it."""
 
     def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        norm = {"eps": config.rms_norm_eps, "dtype": dtype}
-        self.input_norm = RMSNorm(config.hidden_size, **norm)
+        self.input_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.post_attention_norm = RMSNorm(config.hidden_size, **norm)
+        self.post_attention_norm = RMSNorm(
+            config.hidden_size, eps=config.rms_norm_eps, dtype=dtype
+        )
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
         x: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        batch: AttentionBatch,
         pool: jax.Array,
+        context: StepContext,
+        layer: int | jax.Array,
         view: PoolView,
-        add_lora: AddLora,
     ) -> tuple[jax.Array, jax.Array]:
-        """``x`` [T, hidden] → (same, this layer's pool)."""
+        """``x`` [T, hidden] and this layer's ``pool`` [P, R, 128] → the same two, after the layer.
+
+        ``layer`` is its index, which only the adapters' scaling depends on.
+        """
+        add_lora = context.lora_of_layer(layer, view)
         with jax.named_scope("attention"):
-            delta, pool = self.attention(
-                self.input_norm(x), angles, batch, pool, view, add_lora
-            )
+            delta, pool = self.attention(self.input_norm(x), pool, context, add_lora, view)
         x = x + delta
         with jax.named_scope("mlp"):
             return x + self.mlp(self.post_attention_norm(x), pool, add_lora), pool
@@ -185,44 +220,29 @@ class Llama(nnx.Module):
     def __call__(
         self, batch: ForwardBatch, pool: Pool, view: PoolView
     ) -> tuple[jax.Array, Pool]:
-        """One step: the pool comes back with the step's K and V; returns hidden [T, hidden] too."""
+        """One step: (hidden [T, hidden], the pool with the step's K and V in it)."""
+        x, context = self.begin(batch, view)
+        new_pool = []
+        for layer, (block, layer_pool) in enumerate(zip(self.layers, pool, strict=True)):
+            with jax.named_scope(f"layer_{layer}"):
+                x, layer_pool = block(x, layer_pool, context, layer, view)
+            new_pool.append(layer_pool)
+        return self.final_norm(x), tuple(new_pool)
+
+    def begin(self, batch: ForwardBatch, view: PoolView) -> tuple[jax.Array, StepContext]:
+        """The stream before the first layer, [T, hidden], and what all layers share."""
         cfg = self.config
         frequencies = jnp.asarray(
             inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
         )
-        angles = rope_angles(batch.attention.positions, frequencies)
-        add_lora_of_layer = _lora_of_layers(batch, view)
-        x = self.embed_tokens(batch.token_ids)
-        new_pool = []
-        for index, (block, layer_pool) in enumerate(zip(self.layers, pool, strict=True)):
-            with jax.named_scope(f"layer_{index}"):
-                x, layer_pool = block(
-                    x, angles, batch.attention, layer_pool, view, add_lora_of_layer(index)
-                )
-            new_pool.append(layer_pool)
-        return self.final_norm(x), tuple(new_pool)
+        lora = batch.lora
+        context = StepContext(
+            angles=rope_angles(batch.attention.positions, frequencies),
+            attention=batch.attention,
+            lora=None if lora is None else prepare(lora, view.adapters, implementation=view.kernels),
+        )
+        return self.embed_tokens(batch.token_ids), context
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """``hidden`` [rows, hidden] → f32[rows, vocab]."""
         return (self.lm_head or self.embed_tokens).logits(hidden)
-
-
-def _lora_of_layers(batch: ForwardBatch, view: PoolView) -> Callable[[int], AddLora]:
-    """layer index → AddLora. The plan is computed once and shared by all layers."""
-    if batch.lora is None:
-        return lambda layer: no_lora
-    plan = prepare(batch.lora, view.adapters, implementation=view.kernels)
-
-    def of_layer(layer: int) -> AddLora:
-        return lambda y, x, pool, group: paged_lora(
-            y,
-            x,
-            pool,
-            plan,
-            layer=layer,
-            group=group,
-            layout=view.adapters,
-            implementation=view.kernels,
-        )
-
-    return of_layer

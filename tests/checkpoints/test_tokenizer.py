@@ -27,11 +27,8 @@ CHAT = [
 ]
 VARIANTS = {
     "as it is": {},
-    "bos": {"add_bos_token": True},
-    "bos and eos": {"add_bos_token": True, "add_eos_token": True},
-    "eos": {"add_eos_token": True},
-    "explicitly none": {"add_bos_token": False},
-    "bos asked for but not named": {"add_bos_token": True, "bos_token": None},
+    "add_bos_token has no say": {"add_bos_token": True, "add_eos_token": True},
+    "no bos named": {"bos_token": None},
     "tokens as objects": {"eos_token": {"content": "<|im_end|>", "__type": "AddedToken"}},
     "token that tokenizer.json lacks": {"unk_token": "<unk>"},
     "declared tokens": {
@@ -64,6 +61,17 @@ def test_equal_to_transformers(model: Path, edit, variant: str):
     assert ours.vocab_size == len(theirs)
     assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
     assert ours.special_ids == set(theirs.all_special_ids) | ours.special_ids
+
+
+@pytest.mark.oracle
+def test_bos_equals_transformers(tmp_path: Path, edit):
+    transformers = pytest.importorskip("transformers")
+    write_synthetic_llama(tmp_path, add_bos_token=True)
+    edit(tmp_path / "tokenizer_config.json", add_bos_token=False)
+    ours = Tokenizer.from_directory(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encode("Hi") == theirs.encode("Hi") == [256, 72, 105]
+    assert ours.encode("Hi", add_special_tokens=False) == [72, 105]
 
 
 @pytest.mark.oracle
@@ -156,7 +164,11 @@ def test_where_templates_come_from(model: Path, edit):
     edit(file, chat_template=named[1:])
     with pytest.raises(CheckpointError, match=r"called 'default' \(only \['tool_use'\]\)"):
         Tokenizer.from_directory(model).apply_chat_template(CHAT)
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/tool_use.jinja").write_text("from another file")
     (model / "chat_template.jinja").write_text("from the file")
+    tools = Tokenizer.from_directory(model).apply_chat_template(CHAT, tools=[{"name": "f"}])
+    assert tools == "from another file"
     assert Tokenizer.from_directory(model).apply_chat_template(CHAT) == "from the file"
 
 

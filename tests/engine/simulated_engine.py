@@ -27,12 +27,12 @@ def next_token(tokens, adapter_digest) -> int:
     return state % VOCAB
 
 
-def tokens_alone(prompt, adapter_digest, max_total_tokens) -> list[int]:
+def tokens_alone(prompt, adapter_digest, max_total_tokens, stop_token=None) -> list[int]:
     """What a request generates with nothing else in the world."""
     tokens = list(prompt)
     while len(tokens) < max_total_tokens:
         tokens.append(next_token(tokens, adapter_digest))
-        if tokens[-1] == STOP_TOKEN:
+        if tokens[-1] == stop_token:
             break
     return tokens[len(prompt) :]
 
@@ -102,7 +102,7 @@ class SimulatedDevice:
             if position < request.num_tokens:
                 (token,) = request.tokens_between(position, position + 1)
             else:  # sampled by the step before, which nobody has read yet
-                assert position == request.num_tokens
+                assert position == request.num_tokens_with_in_flight - 1
                 token = self.last_token[request.request_id]
             page, slot = self._slot(request, position)
             if slot == 0:
@@ -141,6 +141,7 @@ class SimulatedEngine:
         max_model_len=1000,
         budget_bytes=None,
         lag=0,
+        stop_token=None,
         clock=lambda: 0.0,
     ):
         self.allocator = PageAllocator(num_pages)
@@ -159,6 +160,7 @@ class SimulatedEngine:
         )
         self.device = SimulatedDevice(page_size)
         self._lag = lag
+        self._stop_token = stop_token
         self._launched: list[tuple[SchedulerOutput, dict[str, int]]] = []
 
     def add(self, *args, **fields) -> Request:
@@ -183,7 +185,7 @@ class SimulatedEngine:
                 continue
             token = tokens[request.request_id]
             self.scheduler.append_token(request, token)
-            if token == STOP_TOKEN:
+            if token == self._stop_token:
                 self.scheduler.finish(request, "stop", stop_reason=token)
             elif request.num_tokens == request.max_total_tokens:
                 self.scheduler.finish(request, "length")

@@ -1,0 +1,122 @@
+"""How a step's forward pass is compiled: as one program, or as one program per layer kind.
+
+Both run the same model code and give the same values. *Whole* is what a GPU or TPU wants: one launch
+a step, which XLA captures as one CUDA graph. *Layered* is what a CPU wants: all layers share one
+compiled program, so that a new bucket of a 30-layer model compiles in about a second instead of
+half a minute, for 30 calls of about 0.1 ms in a step of 50 ms and more. Refuses to know requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from slora_jax.batch import ForwardBatch
+from slora_jax.models.llama import Llama, PoolView, StepContext
+from slora_jax.page_pool import Pool
+
+Weights = tuple[jax.Array, ...]
+"""A module's parameters in a fixed order: what a jitted call flattens fastest."""
+
+
+class Forward(Protocol):
+    """Tokens → hidden states; the pool is donated and comes back."""
+
+    def __call__(self, pool: Pool, batch: ForwardBatch) -> tuple[jax.Array, Pool]:
+        """(hidden [T, hidden], pool)."""
+        ...
+
+    def num_compiles(self) -> int:
+        """Programs compiled so far."""
+        ...
+
+
+def make_forward(model: Llama, view: PoolView, platform: str) -> Forward:
+    """The form that suits the platform (``jax.Device.platform``)."""
+    return (LayeredForward if platform == "cpu" else WholeForward)(model, view)
+
+
+class WholeForward:
+    """The step as one program."""
+
+    def __init__(self, model: Llama, view: PoolView):
+        call, self._weights = over_leaves(model)
+
+        def forward(
+            weights: Weights, pool: Pool, batch: ForwardBatch
+        ) -> tuple[jax.Array, Pool]:
+            return call(weights)(batch, pool, view)
+
+        self._program = jax.jit(forward, donate_argnums=1)
+
+    def __call__(self, pool: Pool, batch: ForwardBatch) -> tuple[jax.Array, Pool]:
+        """See ``Forward``."""
+        return self._program(self._weights, pool, batch)
+
+    def num_compiles(self) -> int:
+        """See ``Forward``."""
+        return self._program._cache_size()
+
+
+class LayeredForward:
+    """The step as a program for what comes before the layers, one for any layer, one for the end."""
+
+    def __init__(self, model: Llama, view: PoolView):
+        call, self._outer_weights = over_leaves(_without_layers(model))
+        layers = [over_leaves(block) for block in model.layers]
+        call_block = layers[0][0]  # all layers have one structure
+        self._layer_weights = [weights for _, weights in layers]
+        self._layer_indices = [jnp.int32(index) for index in range(len(layers))]
+
+        def begin(
+            weights: Weights, batch: ForwardBatch
+        ) -> tuple[jax.Array, StepContext]:
+            return call(weights).begin(batch, view)
+
+        def block(
+            weights: Weights,
+            pool: jax.Array,
+            x: jax.Array,
+            context: StepContext,
+            layer: jax.Array,
+        ) -> tuple[jax.Array, jax.Array]:
+            return call_block(weights)(x, pool, context, layer, view)
+
+        def end(weights: Weights, x: jax.Array) -> jax.Array:
+            return call(weights).final_norm(x)
+
+        self._begin, self._end = jax.jit(begin), jax.jit(end)
+        self._block = jax.jit(block, donate_argnums=(1, 2))
+
+    def __call__(self, pool: Pool, batch: ForwardBatch) -> tuple[jax.Array, Pool]:
+        """See ``Forward``."""
+        x, context = self._begin(self._outer_weights, batch)
+        new_pool = []
+        for weights, layer_pool, layer in zip(
+            self._layer_weights, pool, self._layer_indices, strict=True
+        ):
+            x, layer_pool = self._block(weights, layer_pool, x, context, layer)
+            new_pool.append(layer_pool)
+        return self._end(self._outer_weights, x), tuple(new_pool)
+
+    def num_compiles(self) -> int:
+        """See ``Forward``."""
+        return sum(p._cache_size() for p in (self._begin, self._block, self._end))
+
+
+def over_leaves(module: nnx.Module) -> tuple[Callable[..., nnx.Module], Weights]:
+    """(weights → module, the module's own weights)."""
+    graph, state = nnx.split(module)
+    leaves, structure = jax.tree.flatten(state)
+    return lambda weights: nnx.merge(graph, structure.unflatten(weights)), tuple(leaves)
+
+
+def _without_layers(model: Llama) -> Llama:
+    """The same arrays, less the layers."""
+    outer = nnx.merge(*nnx.split(model))
+    outer.layers = nnx.List([])
+    return outer
