@@ -48,12 +48,12 @@ for name in model.names():
     model.read(name)
 Tokenizer.from_directory(sys.argv[1])
 read_peft_adapter(resolve_adapter(sys.argv[2]), model.config)
-for kind, read in (("model", open_llama), ("adapter", lambda d: read_peft_adapter(d, model.config))):
-    directory = Path(sys.argv[1] if kind == "model" else sys.argv[2])
-    for file in directory.glob("*.safetensors"):
+for directory in sys.argv[1:]:
+    for file in Path(directory).glob("*.safetensors"):
         file.unlink()
     try:
-        read(directory)
+        adapter = directory == sys.argv[2]
+        read_peft_adapter(directory, model.config) if adapter else open_llama(directory)
     except Exception as error:
         print(type(error).__name__, error)
 """
