@@ -9,6 +9,4 @@ type.
 
 
 class CheckpointError(Exception):
-    """A checkpoint, adapter or tokenizer cannot be used; the message says where, what and what to
-    change.
-    """
+    """What the user gave cannot be used; the message says where, why and what to change."""

@@ -88,11 +88,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     byte of the file, so a truncated file fails here.
     """
     with _open_safetensors(path) as handle:
-        infos = {}
-        for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-            piece = handle.get_slice(name)
-            infos[name] = TensorInfo(path, piece.get_dtype(), tuple(piece.get_shape()))
-        return infos
+        return _infos(handle, path)
+
+
+def _infos(handle: Any, path: Path) -> dict[str, TensorInfo]:
+    pieces = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+    return {
+        name: TensorInfo(path, piece.get_dtype(), tuple(piece.get_shape()))
+        for name, piece in pieces.items()
+    }
 
 
 def read_tensor(info: TensorInfo, name: str) -> np.ndarray:
@@ -105,10 +109,28 @@ def read_tensor(info: TensorInfo, name: str) -> np.ndarray:
     return array
 
 
-def same_tensor(first: TensorInfo, first_name: str, second: TensorInfo, second_name: str) -> bool:
-    """True if two stored 2-D tensors agree in dtype, shape and bytes; compared in pieces, neither
-    is held whole.
+def read_small_file(path: Path) -> dict[str, np.ndarray]:
+    """Return all tensors of one file, opened once; they may still hold NaN or Inf.
+
+    Dtypes other than float32, float16 and bfloat16 are `CheckpointError`s.
     """
+    with _open_safetensors(path) as handle:
+        for name, info in _infos(handle, path).items():
+            require_float_dtype(info, name)
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+
+
+def require_float_dtype(info: TensorInfo, name: str) -> None:
+    """Raise `CheckpointError` unless the tensor is stored as F32, F16 or BF16."""
+    if info.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"{info.path}: tensor {name!r} has dtype {info.dtype}; convert it to F32, F16 or BF16 "
+            "(quantised weights are not supported)."
+        )
+
+
+def same_tensor(first: TensorInfo, first_name: str, second: TensorInfo, second_name: str) -> bool:
+    """Whether two stored 2-D tensors agree in dtype, shape and bytes; neither is held whole."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     with _open_safetensors(first.path) as one, _open_safetensors(second.path) as other:
@@ -147,23 +169,19 @@ def require_finite(array: np.ndarray, what: str) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write float arrays to one safetensors file, marked as PyTorch's layout so that transformers
-    takes it.
-    """
+    """Write float arrays to one safetensors file, marked as transformers wants it."""
     save_file(
         {name: np.ascontiguousarray(array) for name, array in tensors.items()},
         str(path),
         metadata={"format": "pt"},
     )
-    path.chmod(
-        path.parent.stat().st_mode & 0o666
-    )  # the library makes files only the owner can read
+    # The library makes files that only their owner can read; give them their directory's mode.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """Yield a temporary sibling directory that becomes `target` in one rename when the block ends
-    well.
+    """Yield a temporary directory that becomes `target`, in one rename, when the block ends well.
 
     Raises `CheckpointError` if `target` exists and is not empty, before the block runs or when a
     second process was faster, and for any `OSError` of the block. Nothing is left behind on
@@ -176,9 +194,7 @@ def new_directory(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        inner = (
-            work / "content"
-        )  # mkdtemp's own directory is private (0700); its content gets the usual mode
+        inner = work / "content"  # mkdtemp's own directory is private; this gets the usual mode
         inner.mkdir()
         yield inner
         if target.is_dir():

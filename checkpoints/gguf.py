@@ -6,7 +6,7 @@ computation: every weight becomes float32, exactly as transformers' `gguf_file=`
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,17 +37,23 @@ _CONTROL, _USER_DEFINED = 3, 4  # GGUF's token types that are matched whole
 _MAX_SHARD_BYTES = 4 << 30  # bounds the memory that a large model's conversion takes
 
 
-def convert_gguf(gguf_path: str | os.PathLike[str], out_directory: str | os.PathLike[str]) -> None:
+def convert_gguf(
+    gguf_path: str | os.PathLike[str],
+    out_directory: str | os.PathLike[str],
+    *,
+    on_bytes: Callable[[int], object] | None = None,
+) -> None:
     """Write a GGUF Llama as a Hugging Face directory with float32 weights and its tokenizer.
 
     `out_directory` appears complete, in one rename, or not at all; it must not exist or be empty.
-    Needs the `gguf` package. Raises `CheckpointError` for what is no Llama, for options that change
+    `on_bytes(n)` is called each time n bytes of the file are converted. Needs the `gguf` package.
+    Raises `CheckpointError` for what is no Llama, for options that change
     the result and are not supported, and for tokenizers other than SmolLM's kind.
     """
     path, target = Path(gguf_path).expanduser(), Path(out_directory).expanduser()
     model = _GgufLlama(path, *_read(path))
     config = model.config()
-    weights = model.weights(config)
+    weights = model.weights(config, on_bytes or (lambda count: None))
     tokenizer = model.tokenizer()
     tokenizer_config = model.tokenizer_config(config)
     with new_directory(target) as directory:
@@ -58,12 +64,9 @@ def convert_gguf(gguf_path: str | os.PathLike[str], out_directory: str | os.Path
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metadata, tensor name -> gguf's tensor, memory-mapped)."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise CheckpointError(
-            f'{path}: reading GGUF needs the gguf package; pip install "slora-jax[gguf]".'
-        ) from error
+    require_gguf()
+    import gguf
+
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file.")
     try:
@@ -73,6 +76,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except Exception as error:  # the reader lets everything from struct to numpy through
         raise CheckpointError(
             f"{path}: truncated or corrupt GGUF file ({error}); fetch it again."
+        ) from error
+
+
+def require_gguf() -> None:
+    """Raise `CheckpointError` if the `gguf` package is not installed."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(
+            'reading GGUF files needs the gguf package; pip install "slora-jax[gguf]".'
         ) from error
 
 
@@ -92,6 +105,12 @@ class _GgufLlama:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             self.fail(f"metadata {key} has the unexpected value {value!r}.")
         return value
+
+    def strings(self, key: str) -> list[str]:
+        values = self.get(key, list)
+        if not all(isinstance(value, str) for value in values):
+            self.fail(f"metadata {key} must be a list of strings.")
+        return values
 
     def config(self) -> dict[str, Any]:
         """The normalised config; refuses by name what is not a plain Llama."""
@@ -118,7 +137,7 @@ class _GgufLlama:
             self.fail(f"key, value and rotary sizes differ ({head_dim}, {rotated}); not supported.")
         eos = [self.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
         config = {
-            "vocab_size": len(self.get("tokenizer.ggml.tokens", list)),
+            "vocab_size": len(self.strings("tokenizer.ggml.tokens")),
             "hidden_size": hidden,
             "intermediate_size": self.get("llama.feed_forward_length", int),
             "num_layers": self.get("llama.block_count", int),
@@ -142,7 +161,9 @@ class _GgufLlama:
         """GGUF stores float32: the shortest decimal of that number, 1e-05 and not 9.9999997e-06."""
         return float(str(np.float32(self.get(key, float, default))))
 
-    def weights(self, config: Mapping[str, Any]) -> "_LazyWeights":
+    def weights(
+        self, config: Mapping[str, Any], on_bytes: Callable[[int], object]
+    ) -> "_LazyWeights":
         """The tensors by canonical name, checked against the config, not yet converted."""
         shapes = tensor_shapes(config)
         names = {name: _gguf_name(name) for name in shapes}
@@ -159,7 +180,8 @@ class _GgufLlama:
                 self.fail(
                     f"tensor {names[name]!r} has shape {list(stored)}, expected {list(shape)}."
                 )
-        return _LazyWeights(self.path, {name: self.tensors[names[name]] for name in names}, config)
+        tensors = {name: self.tensors[names[name]] for name in shapes}
+        return _LazyWeights(self.path, tensors, config, on_bytes)
 
     def tokenizer(self) -> Any:
         """The `tokenizers.Tokenizer` that the metadata describes."""
@@ -169,16 +191,16 @@ class _GgufLlama:
                 f"tokenizer {model!r} with pre-tokenizer {kind!r} is not supported, only 'gpt2' "
                 "with 'smollm'; use the model's Hugging Face directory."
             )
-        tokens: list[str] = self.get("tokenizer.ggml.tokens", list)
+        tokens = self.strings("tokenizer.ggml.tokens")
         types: list[int] = self.get("tokenizer.ggml.token_type", list)
-        merges = [tuple(merge.split(" ")) for merge in self.get("tokenizer.ggml.merges", list)]
+        parts = [merge.partition(" ") for merge in self.strings("tokenizer.ggml.merges")]
         if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
             self.fail("the token list is inconsistent (types missing, or a token twice).")
         bos = self.bos(tokens)
         try:
             return build_byte_level_bpe(
                 tokens,
-                merges,
+                [(first, second) for first, _, second in parts],
                 special=[tokens[id_] for id_, kind in enumerate(types) if kind == _CONTROL],
                 added=[tokens[id_] for id_, kind in enumerate(types) if kind == _USER_DEFINED],
                 split_digits=True,
@@ -231,8 +253,14 @@ def _gguf_name(canonical: str) -> str:
 class _LazyWeights(Mapping[str, np.ndarray]):
     """Canonical name -> float32 array, dequantised each time it is asked for."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Any], config: Mapping[str, Any]):
-        self._path, self._tensors, self._config = path, tensors, config
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, Any],
+        config: Mapping[str, Any],
+        on_bytes: Callable[[int], object],
+    ):
+        self._path, self._tensors, self._config, self._on_bytes = path, tensors, config, on_bytes
 
     def __getitem__(self, name: str) -> np.ndarray:
         from gguf.quants import dequantize
@@ -245,6 +273,7 @@ class _LazyWeights(Mapping[str, np.ndarray]):
                 f"{self._path}: tensor {tensor.name!r} is quantised as {tensor.tensor_type.name}, "
                 "which the gguf package cannot dequantise."
             ) from error
+        self._on_bytes(int(tensor.n_bytes))
         part = name.rpartition(".")[2]
         if part == "q":
             return _unpermute(array, self._config["num_heads"])

@@ -23,6 +23,7 @@ from checkpoints.files import (
     read_json,
     read_tensor,
     require_directory,
+    require_float_dtype,
     same_tensor,
     write_json,
     write_safetensors,
@@ -249,9 +250,7 @@ class _ConfigReader:
 
 @dataclass(frozen=True)
 class LlamaCheckpoint:
-    """An opened Llama directory whose every tensor has been checked by name, shape and dtype, and
-    none yet read.
-    """
+    """An opened Llama directory: every tensor checked by name, shape and dtype, none yet read."""
 
     config: dict[str, Any]
     """The normalised hyperparameters, see `read_config`."""
@@ -276,12 +275,12 @@ class LlamaCheckpoint:
 
 
 def open_llama(directory: str | os.PathLike[str]) -> LlamaCheckpoint:
-    """Open a Llama directory with one `model.safetensors` or shards with an index; read no weights
-    yet.
+    """Open a Llama directory: one `model.safetensors`, or shards with an index. Reads no weights.
 
-    Raises `CheckpointError` for missing, unexpected or misshapen tensors, dtypes other than
-    float32, float16 and bfloat16, truncated or corrupt files, an index that points out of the
-    directory, and pickle-only directories.
+    The config's `dtype` is then the one the embeddings are stored in. Raises `CheckpointError` for
+    missing, unexpected or misshapen tensors, dtypes other than float32, float16 and bfloat16,
+    truncated or corrupt files, an index that points out of the directory, and pickle-only
+    directories.
     """
     config = read_config(directory)
     path = Path(directory).expanduser()
@@ -316,6 +315,7 @@ def open_llama(directory: str | os.PathLike[str]) -> LlamaCheckpoint:
         _check_tensor(found[name], hf_name(name), shape)
     if head is not None:
         _check_tied_head(found["embed_tokens"], head)
+    config["dtype"] = FLOAT_DTYPES[found["embed_tokens"].dtype].name
     return LlamaCheckpoint(config, path, {name: found[name] for name in expected})
 
 
@@ -323,25 +323,17 @@ def _check_tensor(info: TensorInfo, name: str, shape: tuple[int, ...]) -> None:
     if info.shape != shape:
         raise CheckpointError(
             f"{info.path}: tensor {name!r} has shape {list(info.shape)}, config.json implies "
-            f"{list(shape)}; "
-            "the weights and the config belong to different models."
+            f"{list(shape)}; the weights and the config belong to different models."
         )
-    if info.dtype not in FLOAT_DTYPES:
-        raise CheckpointError(
-            f"{info.path}: tensor {name!r} has dtype {info.dtype}; convert it to F32, F16 or BF16 "
-            "(quantised weights are not supported)."
-        )
+    require_float_dtype(info, name)
 
 
 def _check_tied_head(embed: TensorInfo, head: TensorInfo) -> None:
-    """A tied model may store its head too, if it is the same matrix (transformers 5 unties it if it
-    is not).
-    """
+    """A tied model may store its head too if it is the same matrix; if not, transformers unties."""
     if not same_tensor(embed, hf_name("embed_tokens"), head, "lm_head.weight"):
         raise CheckpointError(
             f"{head.path}: tensor 'lm_head.weight' differs from the embeddings although "
-            "tie_word_embeddings is true; "
-            "set it to false in config.json, or remove the tensor."
+            "tie_word_embeddings is true; set it to false in config.json, or remove the tensor."
         )
 
 
@@ -352,14 +344,11 @@ def _stored_tensors(path: Path) -> dict[str, TensorInfo]:
         return read_header(single)
     if index.exists():
         return _sharded_tensors(path, index)
-    pickles = sorted(file.name for file in path.glob("*.bin")) + sorted(
-        file.name for file in path.glob("*.pt*")
-    )
+    pickles = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind))
     if pickles:
         raise CheckpointError(
             f"{path}: has only {pickles[0]}, a pickle, which is never loaded because it can run "
-            "code; convert it to "
-            "safetensors (transformers: model.save_pretrained(directory))."
+            "code; convert it to safetensors (transformers: model.save_pretrained(directory))."
         )
     raise CheckpointError(
         f"{path}: has neither model.safetensors nor model.safetensors.index.json."
@@ -450,9 +439,7 @@ def _write_weights(
     tensors: Mapping[str, np.ndarray],
     max_shard_bytes: int | None,
 ) -> str:
-    """Write the shards as they fill, then give them their final names; return the dtype of the
-    embeddings.
-    """
+    """Write shards as they fill, name them at the end; return the dtype of the embeddings."""
     shards: list[list[str]] = []
     shard: dict[str, np.ndarray] = {}
     total = shard_bytes = 0
@@ -494,9 +481,7 @@ def _write_weights(
 
 
 def _hf_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The normalised config in transformers 4's spelling, which transformers 5 reads as well (not
-    the reverse).
-    """
+    """In the spelling of transformers 4, which transformers 5 reads as well (not the reverse)."""
     scaling = config["rope_scaling"]
     return {
         "architectures": ["LlamaForCausalLM"],

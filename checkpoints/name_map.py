@@ -40,9 +40,7 @@ _CANONICAL_LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(.+)")
 
 
 def hf_name(canonical: str) -> str:
-    """`layers.3.q` -> `model.layers.3.self_attn.q_proj.weight`. Raises `KeyError` for a name that
-    is not canonical.
-    """
+    """`layers.3.q` -> `model.layers.3.self_attn.q_proj.weight`; `KeyError` for other names."""
     if canonical in _OUTER:
         return _OUTER[canonical] + ".weight"
     match = _CANONICAL_LAYER.fullmatch(canonical)
@@ -52,9 +50,7 @@ def hf_name(canonical: str) -> str:
 
 
 def canonical_name(hf: str) -> str | None:
-    """`model.layers.3.self_attn.q_proj.weight` -> `layers.3.q`; None for a name that is no Llama
-    weight.
-    """
+    """`model.layers.3.self_attn.q_proj.weight` -> `layers.3.q`; None for other names."""
     module, dot, kind = hf.rpartition(".")
     if not dot or kind != "weight":
         return None
@@ -85,9 +81,7 @@ def short_module_name(target: str) -> str:
 
 
 def other_module_names(num_layers: int) -> list[str]:
-    """Every module of a `LlamaForCausalLM` that cannot carry a LoRA pair here, by transformers'
-    names.
-    """
+    """Every module of transformers' Llama that cannot carry a LoRA pair here."""
     names = [
         "model",
         "model.embed_tokens",
@@ -120,9 +114,7 @@ def target_shape(config: Mapping[str, Any], target: str) -> tuple[int, int]:
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every tensor that a model with this normalised config has, in
-    running order.
-    """
+    """Canonical name -> shape of every tensor that this config implies, in running order."""
     hidden = config["hidden_size"]
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (config["vocab_size"], hidden)}
     for layer in range(config["num_layers"]):

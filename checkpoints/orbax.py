@@ -38,11 +38,13 @@ def save_model(
 ) -> None:
     """Save arrays under their names, with the normalised config and the tokenizer of `files_from`.
 
-    Sharded arrays are written shard by shard; with several processes all of them call this, on a
-    shared file system. Raises `CheckpointError` if `directory` exists and is not empty, or cannot
-    be written.
+    Sharded arrays are written shard by shard, from one process (saving a multi-host model is not
+    supported). Raises `CheckpointError` if `directory` exists and is not empty, or cannot be
+    written.
     """
     path = Path(directory).expanduser().absolute()
+    if jax.process_count() > 1:
+        raise NotImplementedError("save_model works from one process only")
     if path.is_file() or (path.is_dir() and next(path.iterdir(), None) is not None):
         raise CheckpointError(f"{path}: already exists and is not empty; choose another directory.")
     if set(config) != set(CONFIG_KEYS):
@@ -52,10 +54,9 @@ def save_model(
         path.mkdir(parents=True, exist_ok=True)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path / "params", dict(params))
-        if jax.process_index() == 0:
-            if files_from is not None:
-                _copy_tokenizer(Path(files_from).expanduser(), path)
-            write_json(path / "config.json", {_MARK: _FORMAT, **config})
+        if files_from is not None:
+            _copy_tokenizer(Path(files_from).expanduser(), path)
+        write_json(path / "config.json", {_MARK: _FORMAT, **config})
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be written: {error}.") from error
 

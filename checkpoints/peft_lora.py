@@ -22,9 +22,8 @@ import numpy as np
 from checkpoints.errors import CheckpointError
 from checkpoints.files import (
     FLOAT_DTYPES,
-    read_header,
     read_json,
-    read_tensor,
+    read_small_file,
     require_directory,
     require_finite,
     write_json,
@@ -164,18 +163,11 @@ def read_peft_adapter(
         if (path / "adapter_model.bin").exists():
             raise CheckpointError(
                 f"{path}: has only adapter_model.bin, a pickle, which is never loaded because it "
-                "can run code; save "
-                "the adapter again with a current PEFT (it writes adapter_model.safetensors)."
+                "can run code; save the adapter again with a current PEFT (it writes "
+                "adapter_model.safetensors)."
             )
         raise CheckpointError(f"{path}: has no adapter_model.safetensors.")
-    tensors = {}
-    for name, info in read_header(weights_path).items():
-        if info.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(
-                f"{weights_path}: tensor {name!r} has dtype {info.dtype}; convert it to F32, F16 "
-                "or BF16."
-            )
-        tensors[name] = read_tensor(info, name)
+    tensors = read_small_file(weights_path)
     return parse_peft_adapter(tensors, adapter_config, model_config, source=source)
 
 
@@ -211,9 +203,8 @@ def parse_peft_adapter(
         if key not in expected:
             raise CheckpointError(
                 f"{source}: has tensors for {module_name(*key)}, which target_modules, "
-                "layers_to_transform and "
-                "exclude_modules of its config do not select; config and weights belong to "
-                "different adapters."
+                "layers_to_transform and exclude_modules of its config do not select; config and "
+                "weights belong to different adapters."
             )
     pairs = {}
     for key, (rank, scaling) in expected.items():
@@ -243,8 +234,7 @@ def _parse_tensor_name(
                 )
         raise CheckpointError(
             f"{source}: tensor {name!r} matches no module of the Llama base model; expected names "
-            "like "
-            f"'base_model.model.{module_name(0, 'q')}.lora_A.weight'."
+            f"like 'base_model.model.{module_name(0, 'q')}.lora_A.weight'."
         )
     if key[0] >= model_config["num_layers"]:
         raise CheckpointError(
@@ -330,9 +320,7 @@ def adapted_modules(
 
 @dataclass(frozen=True)
 class _AdapterConfig:
-    """An `adapter_config.json` and the base model it is applied to; `fail` prefixes the adapter's
-    name.
-    """
+    """An adapter's config and the base model it is for; `fail` prefixes the adapter's name."""
 
     raw: Mapping[str, Any]
     model_config: Mapping[str, Any]
@@ -370,8 +358,7 @@ class _AdapterConfig:
         if (init.lower() if isinstance(init, str) else init) not in _PLAIN_INIT:
             self.fail(
                 f"init_lora_weights={init!r} changes the base weights, which is not supported; "
-                "convert the adapter to a "
-                "plain LoRA with PEFT: save_pretrained(path, "
+                "convert the adapter to a plain LoRA with PEFT: save_pretrained(path, "
                 "path_initial_model_for_weight_conversion=…)."
             )
         runtime = self.raw.get("runtime_config") or {}
@@ -500,8 +487,7 @@ class _AdapterConfig:
             if type(layer) is not int or not 0 <= layer < num_layers:
                 self.fail(
                     f"layers_to_transform names layer {layer!r}, but the base model has layers 0 "
-                    f"to {num_layers - 1}; "
-                    "the adapter was probably trained for another base model."
+                    f"to {num_layers - 1}; the adapter was probably trained for another base model."
                 )
         return set(layers)
 
@@ -532,8 +518,9 @@ def write_peft_adapter(
     """Write a directory that `read_peft_adapter` and `peft.PeftModel.from_pretrained` load.
 
     `adapter_config`: what decides modules, ranks and scalings (`r`, `lora_alpha`, `target_modules`,
-    …); None derives it from the pairs. The fields that every PEFT config has are filled in. Raises
-    `CheckpointError` when the directory already holds an adapter or cannot be written.
+    …); None derives it from the pairs, as alpha = scaling * rank (exact but for the last bit). The
+    fields that every PEFT config has are filled in. Raises `CheckpointError` when the directory
+    already holds an adapter or cannot be written.
     """
     path = Path(directory).expanduser()
     config = {
@@ -563,9 +550,7 @@ def write_peft_adapter(
 
 
 def _config_of(pairs: Mapping[tuple[int, str], LoraPair]) -> dict[str, Any]:
-    """A config that selects exactly these modules and gives each its rank and scaling (alpha =
-    scaling * rank).
-    """
+    """A config that gives exactly these modules their ranks and scalings."""
     settings = {
         module_name(*key): (pair.rank, pair.scaling * pair.rank) for key, pair in pairs.items()
     }

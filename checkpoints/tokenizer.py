@@ -157,8 +157,7 @@ class Tokenizer:
             there = f" called 'default' (only {sorted(self._templates)})" if self._templates else ""
             raise CheckpointError(
                 f"{self._source}: the tokenizer has no chat template{there}; use an "
-                "instruction-tuned "
-                "model, add a chat_template.jinja, or pass prompts as plain text."
+                "instruction-tuned model, add a chat_template.jinja, or pass prompts as plain text."
             )
         if name not in self._compiled:
             try:

@@ -133,8 +133,10 @@ def report(rows: list[tuple[str, float, Tokens]], args: argparse.Namespace) -> N
     """A table of the engines, the last one being what the others are compared with."""
     total = args.requests * args.max_tokens
     slowest = rows[-1][1]
-    print(f"{args.requests} requests x {args.max_tokens} tokens, {args.adapters} adapters of rank "
-          f"{args.rank} on all linear layers, {args.model}, float32")
+    print(
+        f"{args.requests} requests x {args.max_tokens} tokens, {args.adapters} adapters of rank "
+        f"{args.rank} on all linear layers, {args.model}, float32"
+    )
     print(f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}\n")
     print(f"{'engine':22s} {'output tokens/s':>16s} {'seconds':>9s} {'speed-up':>9s}")
     for name, seconds, _ in rows:

@@ -61,6 +61,7 @@ class AdapterCache:
         self.swap_in_bytes = 0
         self.evictions = 0
         """How often an idle adapter left because its pages were needed."""
+        store.on_unregister = self.unpin
         store.on_drop = self.forget
 
     # -- in use: acquire / release -------------------------------------------------------------
@@ -96,8 +97,9 @@ class AdapterCache:
     # -- kept whatever comes: pin / unpin ------------------------------------------------------
 
     def pin(self, version: int) -> None:
-        """Swap an adapter in and never evict it. Pinning twice is pinning once.
+        """Swap an adapter in and never evict it, until it is unpinned or unregistered.
 
+        Pinning twice is pinning once.
         Whether the requests in the queue still fit beside it is the scheduler's to check.
         """
         resident = self._resident.get(version)
@@ -153,11 +155,10 @@ class AdapterCache:
         return True
 
     def forget(self, version: int) -> None:
-        """Free the pages of a version that nobody can ask for any more; a pin ends with it."""
+        """Free the pages of a version that does not exist any more."""
         resident = self._resident.get(version)
         if resident is not None:
-            assert resident.references == 0, f"adapter version {version} is in use"
-            self.unpin(version)
+            assert version in self._idle, f"adapter version {version} is in use"
             self._leave_idle(version, resident)
             self._give_back(version)
 

@@ -106,8 +106,10 @@ class AdapterStore:
         """Bytes of the buffers kept in CPU memory."""
         self.disk_reloads = 0
         """How often an adapter was read from its files again."""
+        self.on_unregister: Callable[[int], None] = lambda version: None
+        """Told of each version that new requests cannot ask for any more, before it is dropped."""
         self.on_drop: Callable[[int], None] = lambda version: None
-        """Told of each version that ceases to exist; the adapter cache listens."""
+        """Told of each version that ceases to exist."""
 
     # -- names: register / unregister ----------------------------------------------------------
 
@@ -149,6 +151,7 @@ class AdapterStore:
         version = self.resolve(name)
         del self._version_of[name]
         self._entries[version].is_registered = False
+        self.on_unregister(version)
         self._drop_if_unused(version)
         return version
 

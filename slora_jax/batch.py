@@ -12,14 +12,15 @@ table row, N adapters of the step (row 0 is the base), L layers.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
-import numpy as np
 
 from pallas_kernels.paged_attention.api import AttentionBatch
 from pallas_kernels.paged_lora.api import LoraBatch
 
-Array = jax.Array | np.ndarray
+Array = Any
+"""``jax.Array`` on the device, ``np.ndarray`` on the host."""
 
 
 @jax.tree_util.register_dataclass

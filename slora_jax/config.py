@@ -24,36 +24,40 @@ class EngineConfig:
     float16 on older GPUs, float32 on CPU. Changing this recompiles."""
 
     kernels: Kernels = "auto"
-    """``auto`` takes the best for the device and ends at plain XLA; a named one never falls back."""
+    """``auto`` takes the best for the device and ends at plain XLA; a named one never falls
+    back."""
 
     max_num_seqs: int = 64
     """Most requests that run at once. Fixes the largest decode bucket: changing this recompiles."""
 
     max_num_batched_tokens: int = 256
-    """Prefill tokens of one step, tile padding included: a longer prompt is read in chunks. Fixes the
-    largest prefill bucket: changing this recompiles."""
+    """Prefill tokens of one step, tile padding included: a longer prompt is read in chunks. Fixes
+    the largest prefill bucket: changing this recompiles."""
 
     prefill_tile: int = 16
-    """Prefill chunks are laid out in tiles of this many tokens, so that a tile belongs to one request.
-    Changing this recompiles."""
+    """Prefill chunks are laid out in tiles of this many tokens, so that a tile belongs to one
+    request. Changing this recompiles."""
 
     max_model_len: int | None = None
     """Most tokens of one request, prompt and output together. ``None``: the model's
-    ``max_position_embeddings``, or what the pool holds where that is less. Changing this recompiles."""
+    ``max_position_embeddings``, or what the pool holds where that is less. Changing this
+    recompiles."""
 
     page_size: int | None = None
-    """Tokens of KV in one page. ``None``: chosen from the model's KV heads. Changing this recompiles."""
+    """Tokens of KV in one page. ``None``: chosen from the model's KV heads. Changing this
+    recompiles."""
 
     pool_bytes: int | None = None
-    """Device bytes of the page pool over all layers. ``None``: ``memory_fraction`` of what is free."""
+    """Device bytes of the page pool over all layers. ``None``: ``memory_fraction`` of what is
+    free."""
 
     memory_fraction: float = 0.9
-    """Share of the device's free memory that the pool takes when ``pool_bytes`` is ``None``. Where the
-    device does not tell its memory (CPU), the pool takes 1 GiB."""
+    """Share of the device's free memory that the pool takes when ``pool_bytes`` is ``None``. Where
+    the device does not tell its memory (CPU), the pool takes 1 GiB."""
 
     host_adapter_bytes: int | None = None
-    """CPU memory for adapters. Least recently used ones beyond it fall back to their files; adapters
-    given as arrays have no file and always count. ``None``: no bound."""
+    """CPU memory for adapters. Least recently used ones beyond it fall back to their files;
+    adapters given as arrays have no file and always count. ``None``: no bound."""
 
     seed: int = 0
     """Of requests that sample without a seed of their own."""

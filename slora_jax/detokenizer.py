@@ -110,16 +110,16 @@ class IncrementalDetokenizer:
             stable = gain.removesuffix(self._window_text[len(self._before) :])
         elif not is_closed and not text.startswith(self._before):
             stable = ""  # decode takes text back: wait for the boundary.
-        gain, num_unsettled = gain.removeprefix(self._prompt_open), len(gain) - len(stable)
-        settled = gain[: max(0, len(gain) - num_unsettled)]
-        self._unsettled = gain[len(settled) :]
+        num_unsettled = len(gain) - len(stable)
+        start = _common_prefix(gain, self._prompt_open)
+        settled = stable[start:]
+        self._unsettled = gain[max(start, len(stable)) :]
 
         if is_closed:
             self._close()
         elif stable and not is_broken:
             self._before = text[: len(text) - num_unsettled]
-        if stable:
-            self._prompt_open = ""
+        self._prompt_open = self._prompt_open[len(stable) :] if len(stable) <= start else ""
         return self._settle(settled)
 
     def finish(self) -> str:
@@ -199,6 +199,14 @@ class _StopMatcher:
             return False
         self.matched = self._shorter[self.matched]
         return True
+
+
+def _common_prefix(a: str, b: str) -> int:
+    """How many characters a and b begin with alike."""
+    length = 0
+    while length < min(len(a), len(b)) and a[length] == b[length]:
+        length += 1
+    return length
 
 
 def _context(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int]) -> list[int]:

@@ -396,7 +396,9 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._closed_because is not None:
-            raise EngineClosedError(f"this engine is closed ({self._closed_because}): make a new one")
+            raise EngineClosedError(
+                f"this engine is closed ({self._closed_because}): make a new one"
+            )
 
     def _check_prompt(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         if not len(token_ids):

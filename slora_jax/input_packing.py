@@ -185,7 +185,9 @@ def last_rows(chunks: Sequence[Chunk], rows: Mapping[str, int], size: int) -> np
     return result
 
 
-def pack_sampling(requests: Sequence[Request], size: int, default_seeds: Sequence[int]) -> SamplingBatch:
+def pack_sampling(
+    requests: Sequence[Request], size: int, default_seeds: Sequence[int]
+) -> SamplingBatch:
     """How to draw the next token of each request, padded to ``size`` greedy rows.
 
     A part that no request needs is None, which compiles to nothing. ``default_seeds`` serve the
@@ -215,9 +217,7 @@ def pack_sampling(requests: Sequence[Request], size: int, default_seeds: Sequenc
                 top_p=column("top_p", 1, np.float32),
                 min_p=column("min_p", 0, np.float32),
             )
-    if any(
-        p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty for p in params
-    ):
+    if any(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty for p in params):
         penalties = Penalties(
             history=_padded([[*r.prompt_token_ids, *r.output_token_ids] for r in requests], size),
             prompt_len=np.asarray(
@@ -237,7 +237,8 @@ def pack_sampling(requests: Sequence[Request], size: int, default_seeds: Sequenc
 
 
 def _padded(rows: Sequence[Sequence[int]], size: int, smallest: int = MIN_HISTORY) -> np.ndarray:
-    """i32[size, width], -1 beyond each row's end; width is a power of two of at least ``smallest``."""
+    """i32[size, width], -1 beyond each row's end; width is a power of two of at least
+    ``smallest``."""
     width = smallest
     while width < max((len(row) for row in rows), default=0):
         width *= 2

@@ -138,7 +138,8 @@ class LLM:
 
         Args:
             prompts: text, token ids, or a list of either.
-            adapter_ids: one name for all prompts, or one per prompt; ``None`` and ``"__base__"`` are
+            adapter_ids: one name for all prompts, or one per prompt; ``None`` and ``"__base__"``
+            are
                 the base model.
             sampling_params: one for all, or one per prompt; dicts of its fields will do.
             progress: show a bar on calls that take more than a second.
@@ -165,7 +166,10 @@ class LLM:
 
         One conversation or a list of them, rendered by the model's own chat template.
         """
-        prompts = [self._render(conversation) for conversation in _conversations(messages)]
+        prompts = [
+            loading.render_chat(self.tokenizer, conversation)
+            for conversation in _conversations(messages)
+        ]
         return self._run(
             self._check(prompts, adapter_ids, sampling_params, special_tokens=False), progress
         )
@@ -178,9 +182,9 @@ class LLM:
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Like ``generate``, but yields ``(index of the prompt, partial output)`` as tokens arrive.
 
-        Each output holds everything so far; the last one of a prompt has ``finished`` set. Arguments
-        are checked at once; requests are queued when iteration begins, and aborted when it is left
-        early.
+        Each output holds everything so far; the last one of a prompt has ``finished`` set.
+        Arguments are checked at once; requests are queued when iteration begins, and aborted when
+        it is left early.
         """
         return self._stream(self._check(prompts, adapter_ids, sampling_params))
 
@@ -268,7 +272,8 @@ class LLM:
 
         Args:
             name: what ``adapter_ids`` will call it.
-            source: a PEFT directory, a hub id, or tensors by PEFT's names (numpy or jax arrays) with
+            source: a PEFT directory, a hub id, or tensors by PEFT's names (numpy or jax arrays)
+            with
                 PEFT's configuration in ``config``.
             config: PEFT's ``adapter_config.json`` as a dict, with arrays only.
             pinned: bring it into the pool now and keep it there.
@@ -408,14 +413,6 @@ class LLM:
             )
         return None, [int(token_id) for token_id in prompt]
 
-    def _render(self, conversation: Any) -> str:
-        from checkpoints.errors import CheckpointError
-
-        try:
-            return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True)
-        except CheckpointError as error:
-            raise InvalidRequestError(f"the conversation cannot be rendered: {error}") from error
-
 
 def _engine_config(config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:
     known = [field.name for field in dataclasses.fields(EngineConfig)]
@@ -429,7 +426,7 @@ def _engine_config(config: EngineConfig | None, options: Mapping[str, Any]) -> E
     return dataclasses.replace(config, **options)
 
 
-def _choose_dtype(config: EngineConfig, device: jax.Device) -> jnp.dtype:
+def _choose_dtype(config: EngineConfig, device: Any) -> jnp.dtype:
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
     if device.platform == "tpu":
@@ -460,7 +457,7 @@ def _implementation(config: EngineConfig) -> str | None:
     return config.kernels
 
 
-def _pool_bytes(config: EngineConfig, device: jax.Device) -> int:
+def _pool_bytes(config: EngineConfig, device: Any) -> int:
     if config.pool_bytes is not None:
         return config.pool_bytes
     memory = device.memory_stats() or {}
@@ -477,8 +474,7 @@ def _max_model_len(config: EngineConfig, model_limit: int, pool_tokens: int) -> 
         return min(model_limit, pool_tokens)
     if asked < 2 or asked > model_limit:
         raise ConfigError(
-            f"max_model_len={asked} must be 2 to {model_limit}, the model's "
-            "max_position_embeddings"
+            f"max_model_len={asked} must be 2 to {model_limit}, the model's max_position_embeddings"
         )
     if asked > pool_tokens:
         raise ConfigError(
@@ -513,7 +509,9 @@ def _spread(name: str, value: Any, count: int) -> list[Any]:
     if value is None or isinstance(value, str | SamplingParams | Mapping):
         return [value] * count
     if not isinstance(value, Sequence):
-        raise InvalidRequestError(f"{name} is {_short(value)}: give one, or a list with one a prompt")
+        raise InvalidRequestError(
+            f"{name} is {_short(value)}: give one, or a list with one a prompt"
+        )
     if len(value) != count:
         raise InvalidRequestError(
             f"{name} has {len(value)} entries for {count} prompts: give one, or as many as prompts"
@@ -545,7 +543,8 @@ def _sampling_params(value: Any) -> SamplingParams:
 def _check_adapter_name(name: Any) -> None:
     if not isinstance(name, str) or not name or name == BASE:
         raise InvalidRequestError(
-            f"adapter name {_short(name)} cannot be used: give a non-empty string other than {BASE!r}"
+            f"adapter name {_short(name)} cannot be used: give a non-empty "
+            f"string other than {BASE!r}"
         )
 
 

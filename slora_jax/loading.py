@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pallas_kernels.layout import TARGETS, AdapterLayout, stored_rank
 from slora_jax.adapter_store import PackedAdapter
-from slora_jax.errors import AdapterLoadError, ModelLoadError
+from slora_jax.errors import AdapterLoadError, InvalidRequestError, ModelLoadError
 from slora_jax.layers.rope import RopeScaling
 from slora_jax.models.llama import Llama, LlamaConfig
 from slora_jax.sharding import named_sharding
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from checkpoints.tokenizer import Tokenizer
 
 Axes = tuple[str, ...]
-ParamPath = tuple[str | int, ...]
+ParamPath = tuple[Any, ...]
+"""Attribute names and layer indices that lead to a parameter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,20 @@ def save_model(loaded: LoadedModel, directory: str | os.PathLike[str]) -> None:
         )
     except errors.CheckpointError as error:
         raise ModelLoadError(str(error)) from error
+
+
+def render_chat(tokenizer: Tokenizer, conversation: Any) -> str:
+    """Messages → the prompt, by the model's own chat template, open for the assistant's turn.
+
+    Raises:
+        InvalidRequestError: the model has no template, or it does not take these messages.
+    """
+    from checkpoints import errors
+
+    try:
+        return tokenizer.apply_chat_template(conversation, add_generation_prompt=True)
+    except errors.CheckpointError as error:
+        raise InvalidRequestError(f"the conversation cannot be rendered: {error}") from error
 
 
 def adapter_loader(
@@ -182,7 +197,9 @@ def pack_adapter(
     try:
         pages = layout.pack(layers, num_layers, ranks, dtype)
     except ValueError as error:
-        raise AdapterLoadError(f"the adapter does not fit dtype {np.dtype(dtype)}: {error}") from error
+        raise AdapterLoadError(
+            f"the adapter does not fit dtype {np.dtype(dtype)}: {error}"
+        ) from error
     return PackedAdapter(
         digest=adapter.digest,
         ranks=tuple(ranks),
@@ -269,8 +286,8 @@ def _fill(
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def _flat_params(state: nnx.State) -> list[tuple[ParamPath, nnx.Variable]]:
-    return list(nnx.to_flat_state(state))
+def _flat_params(state: nnx.State) -> list[tuple[ParamPath, Any]]:
+    return [(path, variable) for path, variable in nnx.to_flat_state(state)]
 
 
 def _dotted(path: ParamPath) -> str:

@@ -1,12 +1,12 @@
 """ModelRunner: the compiled steps and the device arrays they run on.
 
-Owns the weights' state, the page pool and the set of compiled sizes. Takes the scheduler's decision,
-packs it, launches the programs and brings back tokens. It refuses to know why a request was chosen
-and what becomes of its tokens.
+Owns the weights' state, the page pool and the set of compiled sizes. Takes the scheduler's
+decision, packs it, launches the programs and brings back tokens. It refuses to know why a request
+was chosen and what becomes of its tokens.
 
-Two parts make a step: *forward* (tokens → hidden states; the pool is donated) and *sample* (the rows
-that end a chunk → next tokens). They are separate so that the many ways to sample multiply only the
-small one's compilations.
+Two parts make a step: *forward* (tokens → hidden states; the pool is donated) and *sample* (the
+rows that end a chunk → next tokens). They are separate so that the many ways to sample multiply
+only the small one's compilations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slora_jax.adapter_cache import SwapIn
-from slora_jax.forward_programs import Weights, make_forward, over_leaves
+from slora_jax.forward_programs import Weights, count_compiles, make_forward, over_leaves
 from slora_jax.input_packing import (
     ResidentAdapter,
     StepShape,
@@ -86,9 +86,7 @@ class Buckets:
 
 
 def _serves(size: Sequence[int], need: Sequence[int], exact: Sequence[int]) -> bool:
-    return all(
-        s >= n and s <= BUCKET_SLACK * e for s, n, e in zip(size, need, exact, strict=True)
-    )
+    return all(s >= n and s <= BUCKET_SLACK * e for s, n, e in zip(size, need, exact, strict=True))
 
 
 class ModelRunner:
@@ -141,8 +139,7 @@ class ModelRunner:
     @property
     def num_compiles(self) -> int:
         """Programs compiled so far."""
-        heads = self._sample._cache_size() + self._score._cache_size()
-        return self._forward.num_compiles() + heads
+        return self._forward.num_compiles() + count_compiles(self._sample, self._score)
 
     def swap_in(self, swap: SwapIn) -> None:
         """Copy an adapter's pages from CPU memory into the pool; later steps see it."""
@@ -211,7 +208,9 @@ class ModelRunner:
         self, hidden: jax.Array, chunks: Sequence[Chunk], rows: dict[str, int]
     ) -> dict[str, list[tuple[int, ScoredToken]]]:
         """Each computed prompt position scores the prompt token that follows it."""
-        wanted: list[tuple[Request, int, int]] = []  # request, flat row, position of the scored token
+        wanted: list[
+            tuple[Request, int, int]
+        ] = []  # request, flat row, position of the scored token
         for chunk in chunks:
             request = chunk.request
             if request.sampling_params.prompt_logprobs is None:
@@ -229,7 +228,9 @@ class ModelRunner:
         row_ids[: len(wanted)] = [row for _, row, _ in wanted]
         targets[: len(wanted)] = [r.prompt_token_ids[position] for r, _, position in wanted]
         asked = [_num_top(request.sampling_params.prompt_logprobs) for request, _, _ in wanted]
-        scores = self._score(self._weights, hidden, row_ids, targets, num_top=_bucket_top(max(asked)))
+        scores = self._score(
+            self._weights, hidden, row_ids, targets, num_top=_bucket_top(max(asked))
+        )
         result: dict[str, list[tuple[int, ScoredToken]]] = {}
         scored = _to_scored(targets, scores, asked)
         for (request, _, position), token in zip(wanted, scored, strict=False):

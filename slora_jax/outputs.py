@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 
 FinishReason = str
-"""``"stop"`` (end of sequence, stop token or stop string), ``"length"``, ``"abort"``, ``"error"``."""
+"""``"stop"`` (end of sequence, stop token or stop string), ``"length"``, ``"abort"``,
+``"error"``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ import numpy as np
 Pool = tuple[jax.Array, ...]
 
 SWAP_IN_PAGES = 8
-"""Pages of one swap-in call: one compiled program whatever an adapter's size, padded with page 0."""
+"""Pages of one swap-in call: one compiled program whatever an adapter's size, padded with page
+0."""
 
 
 def allocate_pool(

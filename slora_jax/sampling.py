@@ -12,9 +12,18 @@ are, for top_k, logits that are equal after temperature, and for top_p, probabil
 2**-30.
 
 Nothing is sorted. The kept set is "every token at or above a threshold", and the threshold is found
-by bisection, one pass over the row per halving, until another could not change the set: 10 to 25
-passes. top_p adds up integers, whose sum is the same in any order, so that no choice XLA makes for
-the shape of a batch can move a token over the threshold.
+by bisection, one pass over the row per halving, until another could not change the set: 10 to 20
+passes, up to 28 among ties. top_p adds up integers, whose sum is the same in any order, so that no
+choice XLA makes for the shape of a batch can move a token over the threshold.
+
+Milliseconds of one CPU core, for 32 rows of 49,152 and for 8 of 128,256 (logits of deviation 3):
+
+    greedy                      1.6    1.2   (lax.argmax: 4.8, 3.4)
+    penalties, 2,048 ids       +1.8   +1.0
+    temperature                15      9     (7 and 4 of it are random bits)
+    top_p 0.95                +25    +14     (by argsort and cumsum: +430, +310)
+    top_k 50                  +23    +15
+    top_k 50 and top_p 0.9    +38    +22
 """
 
 from __future__ import annotations
@@ -25,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.random import threefry_2x32
 
 Array = jax.Array | np.ndarray
 
@@ -280,9 +290,11 @@ def _top_p_threshold(shares: jax.Array, top_p: jax.Array) -> jax.Array:
 
     def halve(state):
         low, high, mass_low, mass_high = state
-        # The geometric middle: thresholds of peaked and of flat rows are magnitudes apart.
-        mid = jnp.sqrt(low.astype(jnp.float32)) * jnp.sqrt(high.astype(jnp.float32))
-        mid = jnp.clip(mid.astype(jnp.int32), low + 1, high - 1)
+        # The geometric middle while they are magnitudes apart, as in a peaked row's long tail; then
+        # the arithmetic one, for float32 cannot tell all of these integers apart.
+        geometric = jnp.sqrt(low.astype(jnp.float32)) * jnp.sqrt(high.astype(jnp.float32))
+        is_far = high // 4 > low
+        mid = jnp.where(is_far, geometric.astype(jnp.int32), low + (high - low) // 2)
         mass = mass_from(mid)
         goes_up = is_open(*state) & (mass >= target)
         goes_down = is_open(*state) & (mass < target)
@@ -309,7 +321,9 @@ def _draw(weights: jax.Array, randomness: Randomness) -> jax.Array:
 
     def random_bits(seed, position):
         key = jax.random.fold_in(jax.random.fold_in(root, seed[0]), seed[1])
-        return jax.random.bits(jax.random.fold_in(key, position), (vocab,), jnp.uint32)
+        words = jax.random.key_data(jax.random.fold_in(key, position))
+        # jax.random.bits would hash once for each word instead of for two: 13 ms, not 7 (CPU).
+        return threefry_2x32((words[0], words[1]), jnp.arange(vocab, dtype=jnp.uint32))
 
     bits = jax.vmap(random_bits)(jnp.asarray(randomness.seed), jnp.asarray(randomness.position))
     # Uniform in (0, 1), precise near 0, where the winners are; away from 1, where E is infinite.

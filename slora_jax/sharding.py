@@ -6,6 +6,7 @@ Layers name what an axis *is*; this module alone says where it goes. It refuses 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,6 +43,6 @@ def named_sharding(mesh: Mesh, axes: Sequence[str]) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(axes))
 
 
-def single_device_mesh(device: jax.Device) -> Mesh:
+def single_device_mesh(device: Any) -> Mesh:
     """A mesh of one device, so that one device is not a special case of placement."""
     return Mesh(np.array([device]), ("model",))

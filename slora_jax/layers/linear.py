@@ -1,8 +1,8 @@
 """Linear layers whose output is the base's plus each token's own adapter's.
 
 ``y = x Wᵀ + scaling · (x A) B``: the base product runs once for the whole batch, the second term is
-``pallas_kernels.paged_lora`` over the pool. Targets that read the same input (q, k, v; gate, up) are
-one layer with one fused weight. Knows neither requests nor pages: the term is a callable.
+``pallas_kernels.paged_lora`` over the pool. Targets that read the same input (q, k, v; gate, up)
+are one layer with one fused weight. Knows neither requests nor pages: the term is a callable.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ class AddLora(Protocol):
         ...
 
 
-def no_lora(
-    y: jax.Array, x: jax.Array, pool: jax.Array, group: tuple[str, ...]
-) -> jax.Array:
+def no_lora(y: jax.Array, x: jax.Array, pool: jax.Array, group: tuple[str, ...]) -> jax.Array:
     """The step in which every token is the base model's."""
     return y
 
@@ -41,8 +39,8 @@ def no_lora(
 def dot(x: jax.Array, weight: jax.Array, *, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """``x`` [tokens, in] · ``weight`` [out, in]ᵀ, true float32 where the inputs are float32.
 
-    Weights stay as Hugging Face stores them, [out, in]: on CPU this is 1.3 times faster at 32 tokens
-    than [in, out], elsewhere the library takes either.
+    Weights stay as Hugging Face stores them, [out, in]: on CPU this is 1.3 times faster at 32
+    tokens than [in, out], elsewhere the library takes either.
     """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jax.lax.dot_general(

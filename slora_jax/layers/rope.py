@@ -15,7 +15,8 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's long-context scaling: low frequencies are divided by ``factor``, high ones kept."""
+    """Llama 3.1's long-context scaling: low frequencies are divided by ``factor``, high ones
+    kept."""
 
     factor: float
     low_freq_factor: float
@@ -23,9 +24,7 @@ class RopeScaling:
     original_max_position_embeddings: int
 
 
-def inverse_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None
-) -> np.ndarray:
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """f32[head_dim / 2]: radians per position of each rotated pair."""
     # float32 throughout, as the reference implementation: these are the model's own constants.
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)

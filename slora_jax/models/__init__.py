@@ -1,0 +1,1 @@
+"""Llama: the one model that is served."""

@@ -1,4 +1,5 @@
-"""Llama (Touvron et al., arXiv 2302.13971; grouped-query attention of arXiv 2305.13245) in Flax NNX.
+"""Llama (Touvron et al., arXiv 2302.13971; grouped-query attention of arXiv 2305.13245) in Flax
+NNX.
 
 Reads like the paper: embedding, pre-norm blocks of attention and SwiGLU, final norm, output
 projection. K and V live in the page pool, adapters too, so the pool goes through every layer and
@@ -174,9 +175,7 @@ class Block(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.input_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.post_attention_norm = RMSNorm(
-            config.hidden_size, eps=config.rms_norm_eps, dtype=dtype
-        )
+        self.post_attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -204,9 +203,7 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
-        self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs
-        )
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
             [Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
         )
@@ -217,9 +214,7 @@ class Llama(nnx.Module):
             else Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         )
 
-    def __call__(
-        self, batch: ForwardBatch, pool: Pool, view: PoolView
-    ) -> tuple[jax.Array, Pool]:
+    def __call__(self, batch: ForwardBatch, pool: Pool, view: PoolView) -> tuple[jax.Array, Pool]:
         """One step: (hidden [T, hidden], the pool with the step's K and V in it)."""
         x, context = self.begin(batch, view)
         new_pool = []
@@ -239,7 +234,9 @@ class Llama(nnx.Module):
         context = StepContext(
             angles=rope_angles(batch.attention.positions, frequencies),
             attention=batch.attention,
-            lora=None if lora is None else prepare(lora, view.adapters, implementation=view.kernels),
+            lora=None
+            if lora is None
+            else prepare(lora, view.adapters, implementation=view.kernels),
         )
         return self.embed_tokens(batch.token_ids), context
 

@@ -40,6 +40,7 @@ def test_weights_and_config(tmp_path: Path, kind, tied: bool):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.gguf", "out", "s"]
 
 
+@pytest.mark.slow  # transformers takes 10 s to get ready for its first GGUF
 @pytest.mark.oracle
 def test_bits_equal_transformers(tmp_path: Path):
     transformers = pytest.importorskip("transformers")
@@ -88,6 +89,8 @@ def test_tokenizer(tmp_path: Path):
         ({"tokenizer.ggml.pre": None}, "pre-tokenizer None"),
         ({"tokenizer.ggml.tokens": ["a", "b"]}, "expected"),
         ({"tokenizer.ggml.token_type": [1]}, "token list is inconsistent"),
+        ({"tokenizer.ggml.tokens": list(range(384))}, "must be a list of strings"),
+        ({"tokenizer.ggml.merges": [1, 2]}, "must be a list of strings"),
         ({"tokenizer.ggml.merges": ["no such"]}, "tokenizer is inconsistent"),
         ({"tokenizer.ggml.eos_token_id": 999}, "eos_token_id=999 is no token"),
         ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 9999}, "no token"),

@@ -229,14 +229,18 @@ def test_a_dropped_version_frees_its_pages_at_once():
     pool.check()
 
 
-def test_a_pin_ends_with_its_version():
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_pin_ends_when_the_adapter_is_unregistered(is_held):
     pool = Pool(6, a=2)
     pool.pin("a")
-    pool.store.hold(pool.versions["a"])
+    if is_held:
+        pool.store.hold(pool.versions["a"])
     pool.store.unregister("a")
-    assert pool.cache.pinned_pages == 2
-    pool.store.release(pool.versions["a"])
-    assert (pool.cache.pinned_pages, pool.allocator.num_free) == (0, 6)
+    assert pool.cache.pinned_pages == 0
+    if is_held:
+        assert pool.resident() == "a"
+        pool.store.release(pool.versions["a"])
+    assert pool.allocator.num_free == 6
     assert pool.cache.take_swap_ins() == ()
     pool.check()
 

@@ -7,6 +7,7 @@ the tokens that it has alone; at the end nothing is left behind.
 """
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import (
     Bundle,
@@ -35,22 +36,26 @@ from tests.engine.simulated_engine import (
     tokens_alone,
 )
 
-NAMES = st.sampled_from("uvwxyz")
+WHICH = st.integers(0, 6)
+"""Picks among the loaded adapters, as many as there are."""
 
 
 class HostHalf(RuleBasedStateMachine):
     requests = Bundle("requests")
 
     @initialize(
-        num_pages=st.integers(2, 24),
-        page_size=st.sampled_from([1, 2, 4]),
-        max_num_seqs=st.integers(1, 5),
+        num_pages=st.integers(4, 20),
+        page_size=st.sampled_from([2, 1, 4]),
+        max_num_seqs=st.sampled_from([4, 2, 3, 1]),
         tile=st.sampled_from([1, 2, 4]),
         num_tiles=st.integers(1, 4),
         budget_bytes=st.sampled_from([None, 0, 10, 25, 60]),
         lag=st.integers(0, 2),
+        adapters=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 30)), min_size=2, max_size=5),
     )
-    def make_engine(self, num_pages, page_size, max_num_seqs, tile, num_tiles, budget_bytes, lag):
+    def make_engine(
+        self, num_pages, page_size, max_num_seqs, tile, num_tiles, budget_bytes, lag, adapters
+    ):
         self.page_size = page_size
         self.budget = tile * num_tiles
         self.tile = tile
@@ -70,11 +75,13 @@ class HostHalf(RuleBasedStateMachine):
         self.unreadable = set()  # versions whose files were broken or changed at some time
         self.added = []
         self.first_scheduled = []
+        for name, (num_pages, nbytes) in zip("uvwxy", adapters, strict=False):
+            self.load(name, num_pages, nbytes, True)
 
     # -- adapters ------------------------------------------------------------------------------
 
     @rule(
-        name=NAMES,
+        name=st.sampled_from("uvwxyz"),
         num_pages=st.integers(1, 5),
         nbytes=st.integers(1, 30),
         has_files=st.booleans(),
@@ -98,28 +105,31 @@ class HostHalf(RuleBasedStateMachine):
             if has_files:
                 self.files[version] = files
 
-    @rule(name=NAMES)
-    def unload(self, name):
-        try:
-            self.engine.store.unregister(name)
-        except AdapterNotFoundError:
-            assert name not in self.engine.store.names()
-        else:
-            assert name not in self.engine.store.names()
+    def loaded(self, which):
+        names = list(self.engine.store.names())
+        return names[which % len(names)]
 
-    @rule(name=NAMES, num_pages=st.integers(1, 5))
-    def reload_under_the_same_name(self, name, num_pages):
-        if name in self.engine.store.names():
-            old = self.engine.store.resolve(name)
-            self.unload(name)
-            self.load(name, num_pages, 5, True)
-            assert self.engine.store.resolve(name) != old
+    @precondition(lambda self: self.engine.store.names())
+    @rule(which=WHICH)
+    def unload(self, which):
+        name = self.loaded(which)
+        self.engine.store.unregister(name)
+        with pytest.raises(AdapterNotFoundError):
+            self.engine.store.resolve(name)
 
-    @rule(name=NAMES)
-    def pin(self, name):
-        if name not in self.engine.store.names():
-            return
-        version = self.engine.store.resolve(name)
+    @precondition(lambda self: self.engine.store.names())
+    @rule(which=WHICH, num_pages=st.integers(1, 5))
+    def reload_under_the_same_name(self, which, num_pages):
+        name = self.loaded(which)
+        old = self.engine.store.resolve(name)
+        self.engine.store.unregister(name)
+        self.load(name, num_pages, 5, True)
+        assert self.engine.store.resolve(name) > old
+
+    @precondition(lambda self: self.engine.store.names())
+    @rule(which=WHICH)
+    def pin(self, which):
+        version = self.engine.store.resolve(self.loaded(which))
         before = self.engine.cache.resident()
         try:
             self.engine.scheduler.pin_adapter(version)
@@ -132,15 +142,16 @@ class HostHalf(RuleBasedStateMachine):
         else:
             assert version in self.engine.cache.resident()
 
-    @rule(name=NAMES)
-    def unpin(self, name):
-        if name in self.engine.store.names():
-            self.engine.scheduler.unpin_adapter(self.engine.store.resolve(name))
+    @precondition(lambda self: self.engine.cache.num_pinned)
+    @rule(which=WHICH)
+    def unpin(self, which):
+        self.engine.scheduler.unpin_adapter(self.engine.store.resolve(self.loaded(which)))
 
-    @rule(data=st.data(), change=st.sampled_from(["break", "mend", "digest", "num_pages"]))
-    def meddle_with_files(self, data, change):
-        if self.files:
-            version = data.draw(st.sampled_from(sorted(self.files)))
+    @precondition(lambda self: self.engine.store.names())
+    @rule(which=WHICH, change=st.sampled_from(["break", "mend", "digest", "num_pages"]))
+    def meddle_with_files(self, which, change):
+        version = self.engine.store.resolve(self.loaded(which))
+        if version in self.files:
             files = self.files[version]
             self.unreadable.add(version)
             if change in ("break", "mend"):
@@ -154,15 +165,20 @@ class HostHalf(RuleBasedStateMachine):
 
     @rule(
         target=requests,
-        num_prompt=st.integers(1, 20),
-        max_new=st.integers(1, 20),
-        name=st.none() | NAMES,
+        shapes=st.lists(
+            st.tuples(st.integers(1, 12), st.integers(1, 16), st.integers(-2, 6)),
+            min_size=1,
+            max_size=5,
+        ),
     )
-    def add(self, num_prompt, max_new, name):
+    def add(self, shapes):
+        return multiple(*filter(None, [self._add(*shape) for shape in shapes]))
+
+    def _add(self, num_prompt, max_new, which):
         engine = self.engine
         version = 0
-        if name in engine.store.names():
-            version = engine.store.resolve(name)
+        if which >= 0 and engine.store.names():
+            version = engine.store.resolve(self.loaded(which))
         made = request(str(len(self.added)), num_prompt, max_new, version=version)
         needed = -(-(num_prompt + max_new - 1) // self.page_size) + engine.cache.pinned_pages
         if not engine.cache.is_pinned(version):
@@ -171,7 +187,7 @@ class HostHalf(RuleBasedStateMachine):
             engine.scheduler.add(made)
         except CapacityError:
             assert needed > engine.allocator.num_usable
-            return multiple()
+            return None
         assert needed <= engine.allocator.num_usable
         self.added.append(made)
         return made
@@ -182,7 +198,7 @@ class HostHalf(RuleBasedStateMachine):
         assert (aborted is None) == (made.finish_reason != "abort")
 
     @precondition(lambda self: self.engine.scheduler.has_unfinished)
-    @rule(num_steps=st.integers(1, 8))
+    @rule(num_steps=st.integers(1, 20))
     def step(self, num_steps):
         for _ in range(num_steps):
             self._step()
@@ -211,6 +227,10 @@ class HostHalf(RuleBasedStateMachine):
         seen = set(self.first_scheduled)
         self.first_scheduled += [r for r in self.added if r in served and r not in seen]
         assert self.first_scheduled == sorted(self.first_scheduled, key=self.added.index)
+        # And who is preempted loses no place.
+        scheduler = self.engine.scheduler
+        order = [*scheduler._running, *scheduler._waiting._requests]
+        assert order == [r.request_id for r in self.added if not r.is_finished]
 
     # -- what always holds ---------------------------------------------------------------------
 
@@ -254,6 +274,6 @@ class HostHalf(RuleBasedStateMachine):
 
 # An example takes some milliseconds, so the quick profile's few are not enough.
 HostHalf.TestCase.settings = settings(
-    max_examples=max(200, settings().max_examples), stateful_step_count=40
+    max_examples=max(300, settings().max_examples), stateful_step_count=40
 )
 TestHostHalf = HostHalf.TestCase

@@ -115,6 +115,17 @@ def test_decodes_do_not_wait_for_a_long_prompt():
         }
 
 
+def test_a_decode_behind_a_long_prompt_does_not_wait_for_it():
+    engine = SimulatedEngine(max_num_batched_tokens=4)
+    engine.add("long", 12, 4)
+    engine.add("one", 1, 4)
+    for k in range(3):
+        assert step(engine) == {
+            "decode": [("one", k, 1, True)],
+            "prefill": [("long", 4 * k, 4, k == 2)],
+        }
+
+
 def test_seats_are_limited_and_the_line_is_first_come_first_served():
     engine = SimulatedEngine(max_num_seqs=2)
     for name in "abcd":
