@@ -129,7 +129,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        adapter_ids: str | None | Sequence[str | None] = None,
+        adapter_ids: str | Sequence[str | None] | None = None,
         sampling_params: Params | Sequence[Params] = None,
         *,
         progress: bool = True,
@@ -157,7 +157,7 @@ class LLM:
     def chat(
         self,
         messages: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
-        adapter_ids: str | None | Sequence[str | None] = None,
+        adapter_ids: str | Sequence[str | None] | None = None,
         sampling_params: Params | Sequence[Params] = None,
         *,
         progress: bool = True,
@@ -177,7 +177,7 @@ class LLM:
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
-        adapter_ids: str | None | Sequence[str | None] = None,
+        adapter_ids: str | Sequence[str | None] | None = None,
         sampling_params: Params | Sequence[Params] = None,
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Like ``generate``, but yields ``(index of the prompt, partial output)`` as tokens arrive.

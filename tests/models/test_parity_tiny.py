@@ -18,6 +18,7 @@ from slora_jax import LLM, SamplingParams
 from slora_jax.forward_programs import LayeredForward, WholeForward
 from slora_jax.outputs import RequestOutput
 from tests.serving import TinyModel, random_prompts, recorded_logits
+from tests.transformers_oracle import TransformersModel
 
 LLAMA3 = {
     "factor": 8.0,
@@ -36,14 +37,14 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "all": {"rank": 11},
     "some": {"rank": 4, "targets": ("q", "v", "down"), "layers_to_transform": [1]},
 }
-OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128}
-PROMPTS = random_prompts((3, 45, 1, 17), seed=1)
+OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 96, "pool_bytes": 2**23}
+PROMPTS = random_prompts((3, 45, 1, 17), seed=1)  # a decode row and six tiles, then decodes
 ADAPTER_IDS = [None, "all", "some", "all"]
 NUM_TOKENS = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
-TOLERANCE = {"float32": 2e-4, "float16": 0.06, "bfloat16": 0.5}
-"""Of a logit, where logits spread by 5. float32 is asked for 1e-3 and gives 3e-5."""
+TOLERANCE = {"float32": 2e-4, "float16": 0.1, "bfloat16": 0.8}
+"""Of a logit, where logits spread by 5; of the mean square's root, a fifth."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -74,94 +75,104 @@ def write(directory, variant: str) -> TinyModel:
     return TinyModel.write(directory, ADAPTERS, seed=seed, **VARIANTS[variant])
 
 
+@dataclasses.dataclass(eq=False)
+class Served:
+    model: TinyModel
+    llm: LLM
+    run: Run
+
+
 @pytest.fixture(scope="module", params=VARIANTS)
 def served(request, tmp_path_factory):
-    model = write(tmp_path_factory.mktemp(request.param), request.param)
+    seed = list(VARIANTS).index(request.param)
+    directory = tmp_path_factory.mktemp(request.param)
+    model = TinyModel.write(directory, ADAPTERS, seed=seed, **VARIANTS[request.param])
     with model.serve(**OPTIONS) as llm:
-        yield model, Run.of(llm)
+        yield Served(model, llm, Run.of(llm))
 
 
-def test_tokens_and_logits_equal_the_oracle(served):
-    model, run = served
+only_gqa = pytest.mark.parametrize("served", ["gqa"], indirect=True)
+
+
+def assert_close(logits: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    np.testing.assert_allclose(logits, expected, atol=tolerance, rtol=0)
+    assert np.sqrt(np.mean((logits - expected) ** 2)) < tolerance / 5
+
+
+def test_tokens_and_logits_equal_the_oracle(served: Served):
+    model, run = served.model, served.run
     for index, adapter in enumerate(ADAPTER_IDS):
         assert run.tokens[index] == model.greedy(PROMPTS[index], adapter, NUM_TOKENS)
         expected = model.oracle(adapter).logits(run.computed(index))
-        np.testing.assert_allclose(run.logits[index], expected, atol=TOLERANCE["float32"], rtol=0)
+        assert_close(run.logits[index], expected, TOLERANCE["float32"])
 
 
 @pytest.mark.oracle
-def test_tokens_and_logits_equal_transformers_and_peft(served):
-    from tests.transformers_oracle import TransformersModel
-
-    model, run = served
-    reference = TransformersModel(model.directory, model.adapters)
+def test_tokens_and_logits_equal_transformers_and_peft(served: Served):
+    reference = TransformersModel(served.model.directory, served.model.adapters)
     for index, adapter in enumerate(ADAPTER_IDS):
         tokens, logits = reference.generate(PROMPTS[index], adapter, NUM_TOKENS, eos_token_ids=())
-        assert run.tokens[index] == tokens
-        ours = run.logits[index][len(PROMPTS[index]) - 1 :]
-        np.testing.assert_allclose(ours, logits, atol=TOLERANCE["float32"], rtol=0)
+        assert served.run.tokens[index] == tokens
+        ours = served.run.logits[index][len(PROMPTS[index]) - 1 :]
+        assert_close(ours, logits, TOLERANCE["float32"])
 
 
 # --- what must not matter ---
 
 
-@pytest.fixture(scope="module")
-def gqa(tmp_path_factory) -> TinyModel:
-    return write(tmp_path_factory.mktemp("gqa"), "gqa")
+@only_gqa
+def test_prompts_in_chunks_give_the_same_tokens(served: Served):
+    with served.model.serve(**{**OPTIONS, "max_num_batched_tokens": 32}) as llm:
+        assert Run.of(llm).tokens == served.run.tokens
+        assert llm.stats().steps > served.llm.stats().steps
 
 
-def expected_tokens(model: TinyModel) -> list[list[int]]:
-    return [
-        model.greedy(prompt, adapter, NUM_TOKENS)
-        for prompt, adapter in zip(PROMPTS, ADAPTER_IDS, strict=True)
-    ]
+@only_gqa
+def test_reference_kernels_give_the_same_tokens(served: Served):
+    with served.model.serve(**OPTIONS, kernels="reference") as llm:
+        assert Run.of(llm).tokens == served.run.tokens
 
 
-def test_reference_kernels_give_the_same_tokens(gqa: TinyModel):
-    with gqa.serve(**OPTIONS, kernels="reference") as llm:
-        assert Run.of(llm).tokens == expected_tokens(gqa)
+@only_gqa
+def test_one_program_or_one_a_layer_give_the_same_hidden_states(served: Served):
+    runner = served.llm._engine._runner
+    layered = runner._forward
+    assert isinstance(layered, LayeredForward)  # what a CPU gets
+    whole = WholeForward(served.llm._loaded.model, runner.view)
+    differences = []
 
+    def both(pool, batch):
+        of_whole, _ = whole(jax.tree.map(jnp.copy, pool), batch)
+        hidden, pool = layered(pool, batch)
+        differences.append(float(jnp.max(jnp.abs(hidden - of_whole))))
+        return hidden, pool
 
-def test_one_program_or_one_a_layer_give_the_same_hidden_states(gqa: TinyModel):
-    with gqa.serve(**OPTIONS) as llm:
-        runner, model = llm._engine._runner, llm._loaded.model
-        forms = [LayeredForward(model, runner.view), WholeForward(model, runner.view)]
-        differences = []
-
-        def both(pool, batch):
-            pools = [jax.tree.map(jnp.copy, pool) for _ in forms]
-            (layered, new_pool), (whole, _) = (
-                form(pool, batch) for form, pool in zip(forms, pools, strict=True)
-            )
-            differences.append(float(jnp.max(jnp.abs(layered - whole))))
-            return layered, new_pool
-
-        both.num_compiles = lambda: 0
-        runner._forward = both
-        params = SamplingParams(temperature=0, max_tokens=3)
-        llm.generate(PROMPTS, ADAPTER_IDS, params, progress=False)
-    assert len(differences) > 3
+    runner._forward = both
+    params = SamplingParams(temperature=0, max_tokens=3)
+    served.llm.generate(PROMPTS, ADAPTER_IDS, params, progress=False)
+    runner._forward = layered
+    assert len(differences) == 3
     assert max(differences) < 1e-5
 
 
-def test_an_orbax_checkpoint_gives_the_same_tokens(gqa: TinyModel, tmp_path):
-    with LLM(gqa.directory, progress=False, dtype="float32", **OPTIONS) as llm:
-        llm.save(tmp_path / "orbax")
-    restored = TinyModel(tmp_path / "orbax", gqa.checkpoint, gqa.adapters)
+@only_gqa
+def test_an_orbax_checkpoint_gives_the_same_tokens(served: Served, tmp_path):
+    served.llm.save(tmp_path / "orbax")
+    restored = dataclasses.replace(served.model, directory=tmp_path / "orbax")
     with restored.serve(**OPTIONS) as llm:
-        outputs = llm.generate(PROMPTS, ADAPTER_IDS, GREEDY, progress=False)
-    assert [list(output.outputs[0].token_ids) for output in outputs] == expected_tokens(gqa)
+        assert Run.of(llm).tokens == served.run.tokens
 
 
 # --- what may cost a little ---
 
 
+@only_gqa
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_stays_close(gqa: TinyModel, dtype: str):
-    with gqa.serve(**{**OPTIONS, "dtype": dtype}) as llm:
+def test_half_precision_stays_close(served: Served, dtype: str):
+    with served.model.serve(**{**OPTIONS, "dtype": dtype}) as llm:
         run = Run.of(llm)
     for index, adapter in enumerate(ADAPTER_IDS):
-        exact = gqa.oracle(adapter).logits(run.computed(index))
-        np.testing.assert_allclose(run.logits[index], exact, atol=TOLERANCE[dtype], rtol=0)
+        exact = served.model.oracle(adapter).logits(run.computed(index))
+        assert_close(run.logits[index], exact, TOLERANCE[dtype])
         chosen = exact[np.arange(-NUM_TOKENS, 0), run.tokens[index]]
         assert (chosen > exact[-NUM_TOKENS:].max(axis=1) - 2 * TOLERANCE[dtype]).all()
