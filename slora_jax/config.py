@@ -83,7 +83,8 @@ class EngineConfig:
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _check_choice("kernels", self.kernels, ("auto", "gpu", "tpu", "xla", "reference"))
         fraction = self.memory_fraction
-        if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+        if not is_number or not 0 < fraction <= 1:
             raise ConfigError(f"memory_fraction={fraction!r} must be above 0 and at most 1")
 
 
@@ -93,5 +94,5 @@ def _check_int(name: str, value: object, low: int) -> None:
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name}={value!r} must be one of {', '.join(choices)}")

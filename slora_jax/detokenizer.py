@@ -214,7 +214,12 @@ def _context(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int]) -
     size = _MIN_WINDOW
     while size < len(token_ids) and not decode(token_ids[-size:]):
         size *= 2
-    for start in range(max(0, len(token_ids) - size), max(0, len(token_ids) - size - 4), -1):
-        if not decode(token_ids[start:]).startswith(_UNFINISHED):
+    last = len(token_ids)
+    first = max(0, last - size)
+    for start in range(first, max(first - 4, -1), -1):
+        # Up to 3 of the last tokens may be an unfinished character, for which byte fallback writes
+        # U+FFFD from the start.
+        texts = (decode(token_ids[start:end]) for end in range(last, max(last - 4, start), -1))
+        if any(not text.startswith(_UNFINISHED) for text in texts):
             return list(token_ids[start:])
-    return list(token_ids[-size:])
+    return list(token_ids[first:])

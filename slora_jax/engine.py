@@ -127,6 +127,8 @@ class Engine:
         self._seeds = random.Random(config.seed)
         self._num_steps = 0
         self._closed_because: str | None = None
+        self._is_stepping = False
+        self._abort_after_step: list[Generation] = []
 
     # -- adapters ---------------------------------------------------------------------------------
 
@@ -139,7 +141,7 @@ class Engine:
             AdapterInUseError: the name is taken.
             CapacityError: it needs more pages than the pool has, or than the host budget allows.
         """
-        self._check_open()
+        self.check_open()
         usable = self.allocator.num_usable
         if packed.num_pages >= usable:
             raise CapacityError(
@@ -150,6 +152,7 @@ class Engine:
 
     def list_adapters(self) -> list[AdapterInfo]:
         """Every name that requests may use."""
+        self.check_open()
         return [self.store.info(self.store.resolve(name)) for name in self.store.names()]
 
     def adapter_version(self, adapter_id: str | None) -> int:
@@ -158,6 +161,7 @@ class Engine:
 
     def check_name_is_free(self, name: str) -> None:
         """Raise AdapterInUseError before an adapter's files are read in vain."""
+        self.check_open()
         if name in self.store.names():
             raise AdapterInUseError(
                 f"an adapter named {name!r} is already loaded: unload it first, or use another name"
@@ -165,7 +169,7 @@ class Engine:
 
     def unregister_adapter(self, name: str) -> None:
         """New requests are refused at once; memory is freed when the last one that uses it ends."""
-        self._check_open()
+        self.check_open()
         self.store.unregister(name)
 
     def pin_adapter(self, name: str) -> None:
@@ -174,12 +178,12 @@ class Engine:
         Raises:
             CapacityError: pinned adapters would leave too little for requests that were accepted.
         """
-        self._check_open()
+        self.check_open()
         self.scheduler.pin_adapter(self.store.resolve(name))
 
     def unpin_adapter(self, name: str) -> None:
         """Let the adapter be evicted again when it is idle."""
-        self._check_open()
+        self.check_open()
         self.scheduler.unpin_adapter(self.store.resolve(name))
 
     # -- requests ---------------------------------------------------------------------------------
@@ -199,7 +203,7 @@ class Engine:
             InvalidRequestError: the prompt is empty, too long, or has ids outside the vocabulary.
             CapacityError: it can never fit in the pool.
         """
-        self._check_open()
+        self.check_open()
         prompt_ids = self._check_prompt(prompt_token_ids)
         version = self.adapter_version(adapter_id)
         generation = Generation(
@@ -216,7 +220,7 @@ class Engine:
             completion = self._new_completion(generation, index, version, base_seed)
             try:
                 self.scheduler.add(completion.request)
-            except SloraError:
+            except BaseException:  # a Ctrl-C too must leave nothing in the queue
                 self.abort(generation)
                 raise
             generation.completions.append(completion)
@@ -224,7 +228,14 @@ class Engine:
         return generation
 
     def abort(self, generation: Generation) -> None:
-        """End what is left of a generation; its pages are free at once."""
+        """End what is left of a generation; its pages are free at once.
+
+        Within a step it waits for the step's end: a generator that is left may be collected, and so
+        abort its requests, wherever memory is allocated.
+        """
+        if self._is_stepping:
+            self._abort_after_step.append(generation)
+            return
         for completion in generation.completions:
             if self._running.pop(completion.request.request_id, None):
                 self.scheduler.abort(completion.request.request_id)
@@ -244,17 +255,22 @@ class Engine:
 
     def step(self) -> list[Generation]:
         """One step: schedule, swap in, run, postprocess. Returns the generations it touched."""
-        self._check_open()
-        output = self.scheduler.schedule()
+        self.check_open()
+        self._is_stepping = True
         try:
+            output = self.scheduler.schedule()
             self._swap_in(output)
             result = self._run(output)
+            self.scheduler.update(output)
+            return self._postprocess(output, result)
         except BaseException as error:
             # The pool was donated to the call that failed: nothing in it can be relied on.
             self._closed_because = f"a device step failed: {error!r}"
             raise
-        self.scheduler.update(output)
-        return self._postprocess(output, result)
+        finally:
+            self._is_stepping = False
+            while self._abort_after_step:
+                self.abort(self._abort_after_step.pop())
 
     def _swap_in(self, output: SchedulerOutput) -> None:
         for version in output.evicted:
@@ -360,6 +376,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts now and since the start; costs nothing on the device."""
+        self.check_open()
         counts = self.allocator.counts()
         layer_pool = self._runner.pool[0]
         return EngineStats(
@@ -394,7 +411,8 @@ class Engine:
 
     # -- checks -----------------------------------------------------------------------------------
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise EngineClosedError, with the reason, where it has been closed."""
         if self._closed_because is not None:
             raise EngineClosedError(
                 f"this engine is closed ({self._closed_because}): make a new one"

@@ -185,13 +185,10 @@ def last_rows(chunks: Sequence[Chunk], rows: Mapping[str, int], size: int) -> np
     return result
 
 
-def pack_sampling(
-    requests: Sequence[Request], size: int, default_seeds: Sequence[int]
-) -> SamplingBatch:
+def pack_sampling(requests: Sequence[Request], size: int, seeds: Sequence[int]) -> SamplingBatch:
     """How to draw the next token of each request, padded to ``size`` greedy rows.
 
-    A part that no request needs is None, which compiles to nothing. ``default_seeds`` serve the
-    requests without a seed of their own.
+    A part that no request needs is None, which compiles to nothing. ``seeds``: one per request.
     """
     params = [request.sampling_params for request in requests]
 
@@ -204,13 +201,12 @@ def pack_sampling(
     if not all(p.is_greedy for p in params):
         temperature = np.zeros(size, np.float32)
         temperature[: len(params)] = [0.0 if p.is_greedy else p.temperature for p in params]
-        seeds = np.zeros((size, 2), np.uint32)
+        words = np.zeros((size, 2), np.uint32)
         position = np.zeros(size, np.int32)
-        for k, (request, default) in enumerate(zip(requests, default_seeds, strict=True)):
-            own = request.sampling_params.seed
-            seeds[k] = split_seed(default if own is None else own)
+        for k, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
+            words[k] = split_seed(seed)
             position[k] = request.num_tokens
-        randomness = Randomness(temperature=temperature, seed=seeds, position=position)
+        randomness = Randomness(temperature=temperature, seed=words, position=position)
         if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
             truncation = Truncation(
                 top_k=np.maximum(column("top_k", 0, np.int32), 0),

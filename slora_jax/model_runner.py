@@ -152,8 +152,8 @@ class ModelRunner:
         """The adapter has left the pool."""
         self._adapters.pop(version, None)
 
-    def run(self, output: SchedulerOutput, default_seeds: Sequence[int]) -> StepResult:
-        """Run one step and wait for its tokens. ``default_seeds``: one per chunk that ends."""
+    def run(self, output: SchedulerOutput, seeds: Sequence[int]) -> StepResult:
+        """Run one step and wait for its tokens. ``seeds``: one per chunk that ends."""
         need = needed_shape(output, self._adapters, self._tile)
         shape = StepShape(*self._steps.choose(dataclasses.astuple(need)))
         batch = pack_step(
@@ -170,7 +170,7 @@ class ModelRunner:
         chunks = (*output.decode, *output.prefill)
         prompt_logprobs = self._score_prompts(hidden, chunks, rows)
         tokens, logprobs = self._sample_chunks(
-            hidden, [chunk for chunk in chunks if chunk.is_last], rows, default_seeds
+            hidden, [chunk for chunk in chunks if chunk.is_last], rows, seeds
         )
         return StepResult(tokens, logprobs, prompt_logprobs)
 
@@ -179,7 +179,7 @@ class ModelRunner:
         hidden: jax.Array,
         chunks: Sequence[Chunk],
         rows: dict[str, int],
-        default_seeds: Sequence[int],
+        seeds: Sequence[int],
     ) -> tuple[dict[str, int], dict[str, ScoredToken]]:
         if not chunks:
             return {}, {}
@@ -190,7 +190,7 @@ class ModelRunner:
             self._weights,
             hidden,
             last_rows(chunks, rows, size),
-            pack_sampling(requests, size, default_seeds),
+            pack_sampling(requests, size, seeds),
             num_top=_bucket_top(max(asked)),
         )
         ids = np.asarray(tokens).tolist()

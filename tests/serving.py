@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from checkpoints.hf_llama import LlamaCheckpoint, open_llama
 from checkpoints.peft_lora import read_peft_adapter
 from checkpoints.synthetic import write_synthetic_adapter, write_synthetic_llama
 from slora_jax import LLM
+from slora_jax.config import EngineConfig
+from slora_jax.engine import Engine
 from slora_jax.input_packing import StepShape, first_rows
 from slora_jax.page_allocator import NULL_PAGE
 from tests.oracle import DenseLlama
@@ -69,6 +72,35 @@ class TinyModel:
         return known[:num_tokens]
 
 
+@contextlib.contextmanager
+def fresh_engine(
+    llm: LLM, adapters: Mapping[str, Path], *, num_pages: int | None = None, **options: Any
+) -> Iterator[LLM]:
+    """``llm`` with an engine in which nothing has happened yet, on the programs compiled already.
+
+    ``num_pages``: use only so many pages of the pool, the null page included. Not to be nested:
+    the engines share the pool.
+    """
+    old = llm._engine
+    runner = old._runner
+    runner._adapters.clear()
+    llm._engine = Engine(
+        runner,
+        llm.tokenizer,
+        EngineConfig(**options),
+        num_pages=num_pages or old.allocator.num_usable + 1,
+        max_model_len=old.max_model_len,
+        vocab_size=old._vocab_size,
+        eos_token_ids=old._eos_token_ids,
+    )
+    try:
+        for name, path in adapters.items():
+            llm.load_adapter(name, path)
+        yield llm
+    finally:
+        llm._engine = old
+
+
 def random_prompts(lengths: Sequence[int], *, seed: int = 0, vocab: int = 256) -> list[list[int]]:
     """Prompts of byte tokens."""
     generator = np.random.default_rng(seed)
@@ -100,8 +132,8 @@ def recorded_logits(llm: LLM) -> Iterator[Logits]:
 
     recording_forward.num_compiles = forward.num_compiles
 
-    def recording_run(output, default_seeds):
-        result = run(output, default_seeds)
+    def recording_run(output, seeds):
+        result = run(output, seeds)
         batch, hidden = steps.pop()
         logits = np.asarray(to_logits(hidden))
         shape = StepShape(decode=batch.attention.num_decode, tiles=0, rank=0)
@@ -121,7 +153,7 @@ def recorded_logits(llm: LLM) -> Iterator[Logits]:
         del runner.run
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnums=0)
 def _with_nan(pool, is_poisoned):
     return tuple(jnp.where(is_poisoned[:, None, None], jnp.nan, layer) for layer in pool)
 
@@ -136,7 +168,7 @@ def poisoned_pages(llm: LLM) -> Iterator[None]:
     step, run = engine.step, runner.run
 
     def poison() -> None:
-        is_poisoned = np.ones(engine.allocator.num_usable + 1, bool)
+        is_poisoned = np.ones(len(runner.pool[0]), bool)
         for pages in engine.allocator.owners().values():
             is_poisoned[pages] = False
         assert is_poisoned[NULL_PAGE]
@@ -146,9 +178,9 @@ def poisoned_pages(llm: LLM) -> Iterator[None]:
         poison()
         return step()
 
-    def poisoning_run(output, default_seeds):
+    def poisoning_run(output, seeds):
         poison()  # a swap-in has just written zeros to the null page
-        return run(output, default_seeds)
+        return run(output, seeds)
 
     engine.step, runner.run = poisoning_step, poisoning_run
     try:
@@ -163,8 +195,8 @@ def scripted_tokens(llm: LLM, tokens: Sequence[int]) -> Iterator[None]:
     runner = llm._engine._runner
     run = runner.run
 
-    def scripted_run(output, default_seeds):
-        result = run(output, default_seeds)
+    def scripted_run(output, seeds):
+        result = run(output, seeds)
         for chunk in (*output.decode, *output.prefill):
             if chunk.is_last:
                 request = chunk.request

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.layout import LANES, KVLayout
 from pallas_kernels.paged_attention.batch import AttentionBatch
 
-CHUNK_TOKENS = 128
+CHUNK_TOKENS = 64
 """Keys a trip of the loop, rounded up to whole pages."""
 
 

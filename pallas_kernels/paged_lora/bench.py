@@ -43,7 +43,8 @@ MODELS = {
     "smollm2-135m": Model(30, 576, 192, 1536, KVLayout(3, 64, 64).rows_per_page),
     "llama-3-8b": Model(32, 4096, 1024, 14336, KVLayout(8, 128, 32).rows_per_page),
 }
-# (tokens, ranks of the step's adapters); tokens are dealt to them in turn.
+# (tokens, ranks of the step's adapters); tokens are dealt to them in turn for decode, in runs for
+# prefill (more than 64 tokens).
 STEPS = (
     (32, (16,) * 8),
     (32, (8, 16, 32, 64) * 2),
@@ -101,7 +102,7 @@ def chain(
 
     def lora(x: jax.Array, layer: int, group: tuple[str, ...]) -> jax.Array:
         outputs = sum(layout.out_features[TARGETS.index(name)] for name in group)
-        y = jnp.zeros((tokens, outputs), x.dtype)
+        y = jnp.tile(x[:, :1], (1, outputs))  # stands for the base's output, made when x is
         return api.paged_lora(y, x, pool[layer], plan, layer=layer, group=group, layout=layout)
 
     for layer in range(len(pool)):
@@ -127,7 +128,8 @@ def main() -> None:
     for number, (tokens, ranks) in enumerate(STEPS):
         if options.step not in (None, number):
             continue
-        index = (np.arange(tokens) % len(ranks) + 1).astype(np.int32)
+        index = 1 + np.arange(tokens, dtype=np.int32) % len(ranks)
+        index = np.sort(index) if tokens > 64 else index
         batch, num_pages = make_batch(layout, model.layers, index, ranks)
         keys = jax.random.split(jax.random.key(0), model.layers + 1)
         pool = tuple(

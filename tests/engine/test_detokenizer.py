@@ -104,9 +104,13 @@ def common_prefix(a: str, b: str) -> str:
 
 
 def whole_text(vocabulary: Vocabulary, prompt: list[int], output: list[int]) -> str:
-    """What the output adds to the prompt's text, all decoded at once."""
-    before, after = vocabulary.decode(prompt), vocabulary.decode(prompt + output)
-    return after[len(common_prefix(before, after)) :]
+    """What the output adds to the prompt's text, all decoded at once.
+
+    The prompt's text is that of its finished characters, before up to 3 tokens of another.
+    """
+    after = vocabulary.decode(prompt + output)
+    before = (vocabulary.decode(prompt[: max(0, len(prompt) - n)]) for n in range(4))
+    return after[max(len(common_prefix(text, after)) for text in before) :]
 
 
 def has_torn_run(vocabulary: Vocabulary, ids: list[int]) -> bool:

@@ -43,7 +43,7 @@ ADAPTER_IDS = [None, "all", "some", "all"]
 NUM_TOKENS = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
-TOLERANCE = {"float32": 2e-4, "float16": 0.1, "bfloat16": 0.8}
+TOLERANCE = {"float32": 2e-4, "float16": 0.2, "bfloat16": 0.8}
 """Of a logit, where logits spread by 5; of the mean square's root, a fifth."""
 
 
