@@ -73,7 +73,7 @@ def run_slora_jax(
     with LLM(directory, dtype="float32", max_model_len=512, progress=False) as llm:
         for name, path in paths.items():
             llm.load_adapter(name, path)
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, min_tokens=max_tokens)
 
         def run() -> Tokens:
             outputs = llm.generate(prompts, adapter_ids, params, progress=False)

@@ -34,7 +34,7 @@ class EngineConfig:
     """Prefill tokens of one step, tile padding included: a longer prompt is read in chunks. Fixes
     the largest prefill bucket: changing this recompiles."""
 
-    prefill_tile: int = 16
+    prefill_tile: int = 8
     """Prefill chunks are laid out in tiles of this many tokens, so that a tile belongs to one
     request. Changing this recompiles."""
 

@@ -23,7 +23,6 @@ from slora_jax.errors import (
     CapacityError,
     EngineClosedError,
     InvalidRequestError,
-    SloraError,
 )
 from slora_jax.model_runner import ModelRunner, ScoredToken, StepResult
 from slora_jax.models.llama import PoolView
@@ -216,15 +215,15 @@ class Engine:
             prompt_logprobs={},
         )
         base_seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        for index in range(params.n):
-            completion = self._new_completion(generation, index, version, base_seed)
-            try:
+        try:
+            for index in range(params.n):
+                completion = self._new_completion(generation, index, version, base_seed)
+                generation.completions.append(completion)
+                self._running[completion.request.request_id] = generation, completion
                 self.scheduler.add(completion.request)
-            except BaseException:  # a Ctrl-C too must leave nothing in the queue
-                self.abort(generation)
-                raise
-            generation.completions.append(completion)
-            self._running[completion.request.request_id] = generation, completion
+        except BaseException:  # a Ctrl-C too must leave nothing in the queue
+            self.abort(generation)
+            raise
         return generation
 
     def abort(self, generation: Generation) -> None:

@@ -25,6 +25,8 @@ from slora_jax.scheduler import Chunk, SchedulerOutput
 MIN_HISTORY = 64
 """Smallest padded length of the token histories that penalties read."""
 
+_FLOAT32 = np.finfo(np.float32)
+
 
 @dataclasses.dataclass(frozen=True)
 class StepShape:
@@ -200,7 +202,9 @@ def pack_sampling(requests: Sequence[Request], size: int, seeds: Sequence[int]) 
     randomness = truncation = penalties = None
     if not all(p.is_greedy for p in params):
         temperature = np.zeros(size, np.float32)
-        temperature[: len(params)] = [0.0 if p.is_greedy else p.temperature for p in params]
+        temperature[: len(params)] = [
+            0.0 if p.is_greedy else min(p.temperature, float(_FLOAT32.max)) for p in params
+        ]
         words = np.zeros((size, 2), np.uint32)
         position = np.zeros(size, np.int32)
         for k, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
@@ -219,7 +223,9 @@ def pack_sampling(requests: Sequence[Request], size: int, seeds: Sequence[int]) 
             prompt_len=np.asarray(
                 [len(r.prompt_token_ids) for r in requests] + [0] * (size - len(requests)), np.int32
             ),
-            repetition=column("repetition_penalty", 1, np.float32),
+            repetition=column("repetition_penalty", 1, np.float64)
+            .clip(_FLOAT32.tiny, _FLOAT32.max)
+            .astype(np.float32),
             presence=column("presence_penalty", 0, np.float32),
             frequency=column("frequency_penalty", 0, np.float32),
         )

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -47,6 +47,8 @@ DEFAULT_POOL_BYTES = 2**30
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Mapping[str, Any] | None
+_NO_LIST = (str, bytes, bytearray, memoryview, Mapping, Set, type)
+"""Have items, but are no list of prompts or of token ids."""
 _Checked = tuple[str | None, list[int], SamplingParams, str | None]
 
 
@@ -81,6 +83,7 @@ class LLM:
         **options: Any,
     ):
         config = _engine_config(config, options)
+        _implementation(config)  # refused before the model is read
         self._device = jax.devices()[0]
         self._dtype = _choose_dtype(config, self._device)
         self._loaded = loading.load_model(
@@ -99,21 +102,27 @@ class LLM:
             kernels=_implementation(config),
         )
         page_bytes = model.num_layers * kv.rows_per_page * 128 * jnp.dtype(self._dtype).itemsize
-        num_pages = _pool_bytes(config, self._device) // page_bytes
+        num_pages = _num_pages(config, self._device, page_bytes)
         max_model_len = _max_model_len(
             config, model.max_position_embeddings, (num_pages - 1) * kv.page_size
         )
-        runner = ModelRunner(
-            self._loaded.model,
-            view,
-            num_pages=num_pages,
-            dtype=self._dtype,
-            mesh=single_device_mesh(self._device),
-            max_num_seqs=config.max_num_seqs,
-            prefill_tile=config.prefill_tile,
-            max_tiles=config.max_num_batched_tokens // config.prefill_tile,
-            max_model_len=max_model_len,
-        )
+        try:
+            runner = ModelRunner(
+                self._loaded.model,
+                view,
+                num_pages=num_pages,
+                dtype=self._dtype,
+                mesh=single_device_mesh(self._device),
+                max_num_seqs=config.max_num_seqs,
+                prefill_tile=config.prefill_tile,
+                max_tiles=config.max_num_batched_tokens // config.prefill_tile,
+                max_model_len=max_model_len,
+            )
+        except jax.errors.JaxRuntimeError as error:
+            raise ConfigError(
+                f"the device cannot give the pool's {num_pages * page_bytes:,} bytes: lower "
+                f"pool_bytes or memory_fraction ({error})"
+            ) from error
         return Engine(
             runner,
             self.tokenizer,
@@ -166,6 +175,7 @@ class LLM:
 
         One conversation or a list of them, rendered by the model's own chat template.
         """
+        self._engine.check_open()
         prompts = [
             loading.render_chat(self.tokenizer, conversation)
             for conversation in _conversations(messages)
@@ -186,21 +196,30 @@ class LLM:
         Arguments are checked at once; requests are queued when iteration begins, and aborted when
         it is left early.
         """
-        return self._stream(self._check(prompts, adapter_ids, sampling_params))
+        checked = self._check(prompts, adapter_ids, sampling_params)
+        one_each = [
+            (text, token_ids, dataclasses.replace(params, n=1, seed=0), adapter_id)
+            for text, token_ids, params, adapter_id in checked
+        ]
+        with _deferred_interrupt(), self._lock:
+            # Some things only queueing refuses: queue once, and take all back.
+            self._abort_all(self._add_all(one_each))
+        return self._stream(checked)
 
     def _run(self, checked: list[_Checked], progress: bool) -> list[RequestOutput]:
-        generations = self._add_all(checked)
+        generations: list[Generation] = []
         try:
             with (
                 _deferred_interrupt() as interrupted,
                 tqdm(
-                    total=len(generations),
+                    total=len(checked),
                     desc="Generating",
                     unit="prompt",
                     disable=not progress,
                     delay=1.0,
                 ) as bar,
             ):
+                generations = self._add_all(checked)
                 while not all(generation.finished for generation in generations):
                     self._step()
                     bar.update(sum(g.finished for g in generations) - bar.n)
@@ -214,21 +233,23 @@ class LLM:
         return outputs
 
     def _stream(self, checked: list[_Checked]) -> Iterator[tuple[int, RequestOutput]]:
-        generations = self._add_all(checked)
-        shown = [-1] * len(generations)
+        generations: list[Generation] = []
+        shown = [0] * len(checked)  # tokens, and one more for the end
+        is_done = [False] * len(checked)  # not `finished`: another thread's step may have ended it
         try:
-            while not all(generation.finished for generation in generations):
-                with _deferred_interrupt() as interrupted:
+            with _deferred_interrupt():
+                generations = self._add_all(checked)
+            while not all(is_done):
+                with _deferred_interrupt():
                     self._step()
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
                 for index, generation in enumerate(generations):
-                    count = generation.num_output_tokens + generation.finished
-                    if count > max(shown[index], 0):
-                        shown[index] = count
-                        with self._lock:
-                            output = self._engine.output(generation)
-                        yield index, output
+                    with self._lock:
+                        count = generation.num_output_tokens + generation.finished
+                        if count == shown[index]:
+                            continue
+                        output = self._engine.output(generation)
+                    shown[index], is_done[index] = count, output.finished
+                    yield index, output
         finally:
             self._abort_all(generations)
         with self._lock:
@@ -248,8 +269,10 @@ class LLM:
                     generations.append(
                         self._engine.add_request(token_ids, params, adapter_id, prompt=text)
                     )
-            except SloraError:
+            except BaseException as error:  # a Ctrl-C too must leave nothing in the queue
                 self._abort_all(generations)
+                if isinstance(error, InvalidRequestError | CapacityError):
+                    raise type(error)(f"prompt {len(generations)}: {error}") from error
                 raise
         return generations
 
@@ -292,7 +315,7 @@ class LLM:
             if config is None:
                 raise AdapterLoadError(
                     f"adapter {name!r} is given as arrays: give its PEFT configuration too, "
-                    "such as config={'r': 8, 'lora_alpha': 16, 'target_modules': [...]}"
+                    "such as config={'r': 8, 'lora_alpha': 16, 'target_modules': ['q_proj']}"
                 )
             packed = loading.adapter_from_arrays(
                 source, config, about, layout, self._dtype, source=f"adapter {name!r}"
@@ -311,7 +334,7 @@ class LLM:
             if pinned:
                 try:
                     self._engine.pin_adapter(name)
-                except CapacityError:
+                except SloraError:
                     self._engine.unregister_adapter(name)
                     raise
         return info
@@ -361,6 +384,7 @@ class LLM:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the base model in Orbax form, with its tokenizer; ``LLM(directory)`` reads it."""
+        self._engine.check_open()
         loading.save_model(self._loaded, directory)
 
     def close(self) -> None:
@@ -385,6 +409,7 @@ class LLM:
         special_tokens: bool = True,
     ) -> list[_Checked]:
         """Everything that can be known to be wrong is refused here, before anything is queued."""
+        self._engine.check_open()
         if isinstance(adapter_ids, SamplingParams):
             raise InvalidRequestError(
                 "the second argument is adapter_ids: pass sampling_params by name"
@@ -406,7 +431,13 @@ class LLM:
         self, index: int, prompt: Any, special_tokens: bool
     ) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
-            return prompt, self.tokenizer.encode(prompt, add_special_tokens=special_tokens)
+            try:
+                prompt.encode()  # a lone surrogate is no text: this says where it is
+                return prompt, self.tokenizer.encode(prompt, add_special_tokens=special_tokens)
+            except Exception as error:  # the library of tokenizers raises what it likes
+                raise InvalidRequestError(
+                    f"prompt {index} is no text that the tokenizer takes: {error}"
+                ) from error
         if not _is_token_ids(prompt):
             raise InvalidRequestError(
                 f"prompt {index} is {_short(prompt)}: give text or a list of token ids"
@@ -466,6 +497,17 @@ def _pool_bytes(config: EngineConfig, device: Any) -> int:
     return int(config.memory_fraction * (memory["bytes_limit"] - memory.get("bytes_in_use", 0)))
 
 
+def _num_pages(config: EngineConfig, device: Any, page_bytes: int) -> int:
+    """Pages of the pool, the null page included."""
+    available = _pool_bytes(config, device)
+    if available < 2 * page_bytes:
+        raise ConfigError(
+            f"the pool of {available:,} bytes holds less than one page of KV: pool_bytes must be "
+            f"at least {2 * page_bytes:,}, the null page included"
+        )
+    return available // page_bytes
+
+
 def _max_model_len(config: EngineConfig, model_limit: int, pool_tokens: int) -> int:
     if pool_tokens < 2:
         raise ConfigError("the pool holds less than one page of KV: raise pool_bytes")
@@ -487,18 +529,19 @@ def _max_model_len(config: EngineConfig, model_limit: int, pool_tokens: int) -> 
 def _prompt_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, str) or (_is_token_ids(prompts) and len(prompts)):
         return [prompts]
-    if isinstance(prompts, Mapping) or not hasattr(prompts, "__iter__"):
-        raise InvalidRequestError(
-            f"prompts is {_short(prompts)}: give text, token ids, or a list of either"
-        )
-    return list(prompts)
+    with contextlib.suppress(TypeError):
+        if not isinstance(prompts, _NO_LIST):
+            return list(prompts)
+    raise InvalidRequestError(
+        f"prompts is {_short(prompts)}: give text, token ids, or a list of either"
+    )
 
 
 def _is_token_ids(value: Any) -> bool:
     return (
         hasattr(value, "__len__")
         and hasattr(value, "__iter__")
-        and not isinstance(value, str | bytes | Mapping)
+        and not isinstance(value, _NO_LIST)
         and getattr(value, "ndim", 1) == 1
         and all(isinstance(i, Integral) and not isinstance(i, bool) for i in value)
     )
@@ -520,14 +563,12 @@ def _spread(name: str, value: Any, count: int) -> list[Any]:
 
 
 def _adapter_id(value: Any) -> str | None:
-    if value is None or value == BASE:
-        return None
-    if not isinstance(value, str):
+    if value is not None and not isinstance(value, str):
         raise InvalidRequestError(
             f"adapter id {_short(value)} is not a name: give a loaded adapter's name, "
             f"or None or {BASE!r} for the base model"
         )
-    return value
+    return None if value == BASE else value
 
 
 def _sampling_params(value: Any) -> SamplingParams:
@@ -554,16 +595,22 @@ def _conversations(messages: Any) -> list[Any]:
             f"messages is {_short(messages)}: give a list of "
             "{'role': …, 'content': …} messages, or a list of such lists"
         )
-    if messages and isinstance(messages[0], Mapping):
-        return [messages]
-    for conversation in messages:
+    one = bool(messages) and isinstance(messages[0], Mapping)
+    conversations = [messages] if one else list(messages)
+    for conversation in conversations:
         if isinstance(conversation, str) or not isinstance(conversation, Sequence):
             raise InvalidRequestError(
                 f"a conversation is {_short(conversation)}: give a list of messages"
             )
         if not conversation:
             raise InvalidRequestError("a conversation is empty: give at least one message")
-    return list(messages)
+        for message in conversation:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise InvalidRequestError(
+                    f"a message is {_short(message)}: give {{'role': …, 'content': …}} with a role "
+                    "such as 'user'"
+                )
+    return conversations
 
 
 def _short(value: Any) -> str:
@@ -584,7 +631,7 @@ def _raise_failures(outputs: list[RequestOutput]) -> None:
 
 @contextlib.contextmanager
 def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C during a step waits for its end: a step cut in half would lose the donated pool.
+    """Ctrl-C inside is raised at the end: a step cut in half would lose the donated pool.
 
     A second Ctrl-C is not held back. Outside the main thread signals do not arrive, and nothing is
     changed.
@@ -607,3 +654,5 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, previous)
+    if interrupted.is_set():
+        raise KeyboardInterrupt

@@ -7,9 +7,10 @@ LoRA pairs onto pages; refuses to know file formats (``checkpoints``) and the po
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from pallas_kernels.layout import TARGETS, AdapterLayout, stored_rank
 from slora_jax.adapter_store import PackedAdapter
-from slora_jax.errors import AdapterLoadError, InvalidRequestError, ModelLoadError
+from slora_jax.errors import AdapterLoadError, InvalidRequestError, ModelLoadError, SloraError
 from slora_jax.layers.rope import RopeScaling
 from slora_jax.models.llama import Llama, LlamaConfig
 from slora_jax.sharding import named_sharding
@@ -62,21 +63,20 @@ def load_model(
         ModelLoadError: it cannot be found or read, or asks for what is not supported, by name.
     """
     _require_own_checkpoints()
-    from checkpoints import errors, hf_llama, orbax, sources
+    from checkpoints import hf_llama, orbax, sources
     from checkpoints.tokenizer import Tokenizer
 
-    try:
+    with _raising(ModelLoadError, "model", name_or_path):
         directory = sources.resolve_model(name_or_path, progress=progress)
         if orbax.is_orbax_model(directory):
             hyperparameters = orbax.read_config(directory)
+            tokenizer = Tokenizer.from_directory(directory)
             model = _restore(directory, _to_config(hyperparameters), dtype, mesh)
         else:
             checkpoint = hf_llama.open_llama(directory)
             hyperparameters = checkpoint.config
+            tokenizer = Tokenizer.from_directory(directory)
             model = _read(checkpoint, _to_config(hyperparameters), dtype, mesh, progress)
-        tokenizer = Tokenizer.from_directory(directory)
-    except errors.CheckpointError as error:
-        raise ModelLoadError(str(error)) from error
     eos = {*hyperparameters["eos_token_ids"]}
     if tokenizer.eos_token_id is not None:
         eos.add(tokenizer.eos_token_id)
@@ -95,16 +95,14 @@ def save_model(loaded: LoadedModel, directory: str | os.PathLike[str]) -> None:
     Raises:
         ModelLoadError: the directory cannot be written.
     """
-    from checkpoints import errors, orbax
+    from checkpoints import orbax
 
     flat = _flat_params(nnx.state(loaded.model))
     params = {_dotted(path): variable[...] for path, variable in flat}
-    try:
+    with _raising(ModelLoadError, "directory", directory):
         orbax.save_model(
             Path(directory), loaded.hyperparameters, params, files_from=loaded.directory
         )
-    except errors.CheckpointError as error:
-        raise ModelLoadError(str(error)) from error
 
 
 def render_chat(tokenizer: Tokenizer, conversation: Any) -> str:
@@ -117,7 +115,7 @@ def render_chat(tokenizer: Tokenizer, conversation: Any) -> str:
 
     try:
         return tokenizer.apply_chat_template(conversation, add_generation_prompt=True)
-    except errors.CheckpointError as error:
+    except (errors.CheckpointError, TypeError, RecursionError) as error:  # keys, cycles
         raise InvalidRequestError(f"the conversation cannot be rendered: {error}") from error
 
 
@@ -133,19 +131,15 @@ def adapter_loader(
     ``AdapterLoadError`` where the files cannot be used.
     """
     _require_own_checkpoints()
-    from checkpoints import errors, peft_lora, sources
+    from checkpoints import peft_lora, sources
 
     def load() -> PackedAdapter:
-        try:
+        with _raising(AdapterLoadError, "adapter", directory):
             adapter = peft_lora.read_peft_adapter(directory, dict(hyperparameters))
-        except errors.CheckpointError as error:
-            raise AdapterLoadError(str(error)) from error
         return pack_adapter(adapter, hyperparameters["num_layers"], layout, dtype)
 
-    try:
+    with _raising(AdapterLoadError, "adapter", source):
         directory = sources.resolve_adapter(source).resolve()
-    except errors.CheckpointError as error:
-        raise AdapterLoadError(str(error)) from error
     return load
 
 
@@ -166,15 +160,21 @@ def adapter_from_arrays(
     _require_own_checkpoints()
     from checkpoints import errors, peft_lora
 
+    if not isinstance(config, Mapping):
+        raise AdapterLoadError(
+            f"{source}: config is {config!r:.80}: give PEFT's adapter_config.json as a dict"
+        )
     try:
         adapter = peft_lora.parse_peft_adapter(
-            {name: np.asarray(array) for name, array in arrays.items()},
-            config,
-            dict(hyperparameters),
-            source=source,
+            arrays, {"peft_type": "LORA", **config}, dict(hyperparameters), source=source
         )
     except errors.CheckpointError as error:
         raise AdapterLoadError(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise AdapterLoadError(
+            f"{source}: give its tensors by PEFT's names, and a config of such plain values as "
+            f"adapter_config.json has: {error}"
+        ) from error
     return pack_adapter(adapter, hyperparameters["num_layers"], layout, dtype)
 
 
@@ -313,9 +313,31 @@ def _cast(array: np.ndarray, dtype: jnp.dtype, name: str) -> np.ndarray:
     return cast
 
 
+@contextlib.contextmanager
+def _raising(error_type: type[SloraError], what: str, given: object) -> Iterator[None]:
+    """What is wrong with a name or path that the user gave, or with what lies there."""
+    from checkpoints import errors
+
+    if not isinstance(given, str | os.PathLike) or not isinstance(os.fspath(given), str):
+        raise error_type(f"{what} {given!r:.80} is no name or path: give a string or a Path")
+    try:
+        yield
+    except errors.CheckpointError as error:
+        raise error_type(str(error)) from error
+    except (OSError, RuntimeError) as error:  # too long, ~nobody, no permission, no device memory
+        reason = f"{error!s:.200}"
+        raise error_type(f"{what} {os.fspath(given)!r:.80} cannot be used: {reason}") from error
+
+
 def _require_own_checkpoints() -> None:
     """Raise where another package called ``checkpoints`` hides ours."""
-    import checkpoints
+    try:
+        import checkpoints
+    except Exception as error:  # ours imports nothing: whatever was run here is another's
+        raise ModelLoadError(
+            f"another module named 'checkpoints' hides the one of slora-jax and fails ({error!r}): "
+            "rename or remove it, or change sys.path"
+        ) from error
 
     found = [Path(p).resolve() for p in _package_paths(checkpoints)]
     ours = Path(__file__).resolve().parent.parent / "checkpoints"

@@ -60,7 +60,6 @@ def _resolve(implementation: str | None) -> str:
         return "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"no implementation {implementation!r} of paged_attention: "
-            f"{', '.join(IMPLEMENTATIONS)}"
+            f"no implementation {implementation!r} of paged_attention: {', '.join(IMPLEMENTATIONS)}"
         )
     return implementation

@@ -43,9 +43,7 @@ def paged_attention(
     num_decode, tile = batch.num_decode, batch.tile
     num_tokens, num_heads, head_dim = q.shape
     token = jnp.arange(num_tokens)
-    row = jnp.where(
-        token < num_decode, token, num_decode + (token - num_decode) // max(tile, 1)
-    )
+    row = jnp.where(token < num_decode, token, num_decode + (token - num_decode) // max(tile, 1))
     pages = pool_layer.reshape(-1, *page_shape(layout)).astype(jnp.float32)
     pages = pages[batch.page_table[row]]  # [T, NP, …page]
     if layout.padded_head_dim == 64:

@@ -81,9 +81,9 @@ def make_batch(
         table["rank"][row] = stored_rank(rank)
         table["a_row"][row], table["b_row"][row], _ = layout.segments([rank] * len(TARGETS))
     scaling = np.ones((num_layers, rows, len(TARGETS)), np.float32)
-    return LoraBatch(
-        index, pages, page_start, **table, scaling=scaling, rank_bucket=bucket
-    ), sum(counts)
+    return LoraBatch(index, pages, page_start, **table, scaling=scaling, rank_bucket=bucket), sum(
+        counts
+    )
 
 
 def chain(
@@ -151,9 +151,11 @@ def main() -> None:
             start = time.perf_counter()
             if name == "copy":
                 flat = jnp.arange(rows, dtype=jnp.int32)
-                step = jax.jit(
-                    lambda pool, rows: [p.reshape(-1, LANES)[rows] for p in pool]
-                ).lower(pool, flat).compile()
+                step = (
+                    jax.jit(lambda pool, rows: [p.reshape(-1, LANES)[rows] for p in pool])
+                    .lower(pool, flat)
+                    .compile()
+                )
                 arguments = (pool, flat)
             else:
                 jitted = jax.jit(chain, static_argnames=("layout", "implementation"))

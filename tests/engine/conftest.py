@@ -5,7 +5,6 @@ few (``SIZES``), and each test gets an engine of its own on top of it (``fresh_e
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 

@@ -84,9 +84,7 @@ def test_head_dims_and_dtypes(head_dim, dtype, implementation):
 @pytest.mark.parametrize("heads", [(3, 3), (4, 2), (9, 3), (4, 1), (7, 1), (16, 2)])
 def test_query_groups(heads, implementation):
     """Groups of 1, 2, 3, 4, 7 and 8 query heads a KV head."""
-    case = make_case(
-        np.random.default_rng(heads), decode=[33, 2], prefill=[(10, 12)], heads=heads
-    )
+    case = make_case(np.random.default_rng(heads), decode=[33, 2], prefill=[(10, 12)], heads=heads)
     check(case, implementation)
 
 

@@ -69,9 +69,7 @@ def test_steps(step, rows_per_page, implementation):
     rng = np.random.default_rng([rows_per_page, len(step)])
     ranks, index = STEPS[step]
     dtype = np.dtype("float32")
-    case = make_case(
-        rng, ranks, index, features=SMALL, rows_per_page=rows_per_page, dtype=dtype
-    )
+    case = make_case(rng, ranks, index, features=SMALL, rows_per_page=rows_per_page, dtype=dtype)
     check(rng, case, dtype, implementation)
 
 
@@ -122,9 +120,7 @@ def test_many_tokens_in_any_order(group, implementation):
     rng = np.random.default_rng(10)
     dtype = np.dtype("float32")
     index = rng.integers(0, 4, 150)
-    case = make_case(
-        rng, uniform(8, 3, 16), index, features=SMALL, rows_per_page=32, dtype=dtype
-    )
+    case = make_case(rng, uniform(8, 3, 16), index, features=SMALL, rows_per_page=32, dtype=dtype)
     check(rng, case, dtype, implementation, groups=(group,))
 
 
@@ -135,9 +131,7 @@ def test_rows_do_not_influence_each_other(garbage, implementation):
     rng = np.random.default_rng(11)
     dtype = np.dtype("float32")
     index = np.array([0, 1, 2, 2, 1, 0, 0, 2])
-    case = make_case(
-        rng, uniform(16, 8), index, features=SMALL, rows_per_page=64, dtype=dtype
-    )
+    case = make_case(rng, uniform(16, 8), index, features=SMALL, rows_per_page=64, dtype=dtype)
     inputs, clean = check(rng, case, dtype, implementation)
     spoiled = np.array([3, 4, 6, 7])
     others = np.setdiff1d(np.arange(8), spoiled)
@@ -165,9 +159,7 @@ def test_random_steps(implementation):
     dtype = np.dtype("float32")
     for seed in range(6):
         rng = np.random.default_rng([12, seed])
-        ranks = [
-            tuple(rng.choice([0, 0, 1, 5, 8, 16, 40], 7)) for _ in range(rng.integers(1, 6))
-        ]
+        ranks = [tuple(rng.choice([0, 0, 1, 5, 8, 16, 40], 7)) for _ in range(rng.integers(1, 6))]
         ranks = [r if max(r) else (8, *r[1:]) for r in ranks]
         index = rng.integers(0, len(ranks) + 1, 16)
         case = make_case(

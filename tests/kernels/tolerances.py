@@ -27,7 +27,9 @@ def assert_close(actual, expected, dtype, what=""):
     rows = actual.shape[0]
     size = np.abs(expected).reshape(rows, -1).max(axis=1)
     error = np.abs(actual - expected).reshape(rows, -1)
-    assert np.isfinite(error).all(), f"{what}: not finite in rows {np.argwhere(~np.isfinite(error).all(axis=1)).ravel()}"
+    assert np.isfinite(error).all(), (
+        f"{what}: not finite in rows {np.argwhere(~np.isfinite(error).all(axis=1)).ravel()}"
+    )
     worst = error.max(axis=1) / np.maximum(size, 1e-30)
     assert worst.max() <= RELATIVE[np.dtype(dtype).name], (
         f"{what}: row {worst.argmax()} is off by {worst.max():.2e} of its largest value"
