@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import checkpoints
@@ -60,6 +62,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 STEP_SIZES = {(d, t, rank) for d in (0, 4) for t in (0, 4) for rank in (0, 32) if d or t}
 """(decode rows, tiles, ranks): the few that are compiled."""
+
+USER = {"role": "user", "content": "hi"}
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 def greedy(max_tokens: int) -> SamplingParams:
@@ -144,9 +149,6 @@ def refused(llm: LLM, error: type[SloraError], *words: str) -> Iterator[None]:
         assert word in message
     assert len(message) < 1000
     assert llm.stats() == before
-
-
-Case = tuple[str, tuple[Any, ...], type[SloraError], tuple[str, ...]]
 
 
 def cases(*given: tuple[Any, ...]) -> pytest.MarkDecorator:
@@ -311,6 +313,63 @@ def test_extreme_values_that_are_allowed_harm_nobody(llm: LLM, served: Served):
         assert all(len(output.outputs[0].token_ids) == 3 for output in outputs)
 
 
+# --- anything at all ---
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 400),
+    st.integers(),
+    st.floats(),
+    st.complex_numbers(),
+    st.text(st.characters(exclude_characters="/"), max_size=8),  # no id that a hub could have
+    st.binary(max_size=4),
+    st.sampled_from(["good", "__base__", "role", "content", "user", "temperature", "n", "stop"]),
+    st.sampled_from([int, len, ..., SamplingParams(), EngineConfig(), Path("x")]),
+    st.sampled_from([np.array(3), np.arange(3), np.array([["a"]]), np.float16(1), jnp.arange(3)]),
+)
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.lists(inner, max_size=3).map(iter),
+        st.dictionaries(st.one_of(st.text(max_size=3), st.integers(), st.binary()), inner),
+        st.dictionaries(st.sampled_from(["role", "content", "n", "stop", "r"]), inner),
+    ),
+    max_leaves=6,
+)
+
+
+@given(prompts=ANYTHING, adapter_ids=ANYTHING, params=ANYTHING)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_given_is_taken_or_refused(llm: LLM, prompts, adapter_ids, params):
+    """Streams and chats that never start: all is checked and nothing runs."""
+    steps = llm.stats().steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm, "_run", lambda checked, progress: llm._abort_all(llm._add_all(checked)))
+        calls: list[Callable[[], object]] = [
+            lambda: llm.stream(prompts),
+            lambda: llm.stream("a", adapter_ids),
+            lambda: llm.stream("a", "good", params),
+            lambda: llm.stream(prompts, adapter_ids, params),
+            lambda: llm.chat(prompts),
+            lambda: llm.chat([USER], adapter_ids, params),
+            lambda: llm.pin_adapter(prompts),
+            lambda: llm.load_adapter("good", prompts),
+            lambda: llm.load_adapter("new", prompts),
+            lambda: llm.load_adapter("new", {A: prompts}, adapter_ids),
+            lambda: llm.load_adapter("new", {A: prompts}, {"r": params}),
+            lambda: EngineConfig(dtype=prompts, seed=adapter_ids, memory_fraction=params),
+        ]
+        for call in calls:
+            with contextlib.suppress(SloraError):
+                call()
+    llm.unpin_adapter("good")
+    assert llm.stats().steps == steps
+    assert_only_idle_adapters_left(llm)
+
+
 # --- what can never fit ---
 
 
@@ -334,7 +393,6 @@ def test_request_that_can_never_fit(llm: LLM, served: Served):
 
 # --- conversations ---
 
-USER = {"role": "user", "content": "hi"}
 CYCLE: list[Any] = []
 CYCLE.append({"role": "user", "content": CYCLE})
 
@@ -508,8 +566,6 @@ def test_host_budget(scratch: LLM, served: Served, arrays, adapter_config):
 
 # --- loading adapters: what is in them ---
 
-A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-Change = Callable[[dict[str, Any]], object]
 
 BAD_ARRAYS = (
     ("none", dict.clear, AdapterLoadError, "no LoRA tensor"),
@@ -859,6 +915,31 @@ def test_two_threads_generate(llm: LLM):
         assert len(runs) == 3
         for run in runs:
             assert [o.outputs for o in run] == [o.outputs for o in expected[index]]
+
+
+def test_two_threads_stream(llm: LLM):
+    """Each sees the end of its own prompts, whoever's step brought it."""
+    last: dict[int, dict[int, Any]] = {0: {}, 1: {}}
+    expected = llm.generate(["one", "two words"], "good", greedy(9))
+
+    def work(index: int):
+        for prompt, output in llm.stream(["one", "two words"], "good", greedy(9)):
+            last[index][prompt] = output
+
+    _run_together(lambda: work(0), lambda: work(1))
+    for outputs in last.values():
+        assert [outputs[k].outputs for k in (0, 1)] == [o.outputs for o in expected]
+        assert all(output.finished for output in outputs.values())
+
+
+def test_a_stream_whose_requests_end_in_other_calls(llm: LLM, served: Served):
+    stream = llm.stream(["hello there", "a"], "good", greedy(3))
+    next(stream)
+    answer(llm, num_tokens=9)
+    last = dict(stream)
+    assert last[0].outputs[0].token_ids == served.answer
+    assert last[0].finished
+    assert last[1].finished
 
 
 def test_close_while_another_thread_generates(scratch: LLM):

@@ -1,6 +1,6 @@
 """2,000 registered adapters, a pool with room for 16, requests by a power law: all answers right.
 
-Most adapters are arrays and stay in CPU memory; every fiftieth is a directory, and CPU memory has
+Most adapters are arrays and stay in CPU memory; every tenth is a directory, and CPU memory has
 room for few of those, so that they are read from disk again and again.
 """
 
@@ -23,7 +23,7 @@ from tests.oracle import DenseLlama
 from tests.serving import TinyModel, assert_only_idle_adapters_left, fresh_engine
 
 NUM_ADAPTERS = 2000
-ON_DISK = range(0, NUM_ADAPTERS, 50)
+ON_DISK = range(0, NUM_ADAPTERS, 10)
 IN_MEMORY = 6  # of those on disk
 PAGES = 2  # of an adapter of one target
 NUM_TOKENS = 3
