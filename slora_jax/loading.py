@@ -333,7 +333,7 @@ def _require_own_checkpoints() -> None:
     """Raise where another package called ``checkpoints`` hides ours."""
     try:
         import checkpoints
-    except Exception as error:  # ours imports nothing: whatever was run here is another's
+    except Exception as error:  # ours only defines an exception: another's was run
         raise ModelLoadError(
             f"another module named 'checkpoints' hides the one of slora-jax and fails ({error!r}): "
             "rename or remove it, or change sys.path"

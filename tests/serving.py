@@ -123,7 +123,6 @@ def recorded_logits(llm: LLM) -> Iterator[Logits]:
     forward, run = runner._forward, runner.run
     recorded: Logits = {}
     steps: list[tuple[Any, jax.Array]] = []
-    to_logits = jax.jit(lambda hidden: model.logits(hidden))
 
     def recording_forward(pool, batch):
         hidden, pool = forward(pool, batch)
@@ -135,7 +134,7 @@ def recorded_logits(llm: LLM) -> Iterator[Logits]:
     def recording_run(output, seeds):
         result = run(output, seeds)
         batch, hidden = steps.pop()
-        logits = np.asarray(to_logits(hidden))
+        logits = np.asarray(model.logits(hidden))
         shape = StepShape(decode=batch.attention.num_decode, tiles=0, rank=0)
         rows = first_rows(output, shape, batch.attention.tile)
         for chunk in (*output.decode, *output.prefill):

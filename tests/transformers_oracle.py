@@ -21,7 +21,7 @@ class TransformersModel:
         import transformers
         from peft import PeftModel
 
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)  # two of them wait for each other where the cores are shared
         base = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, local_files_only=True
         )

@@ -51,7 +51,16 @@ PEFT: dict[str, dict[str, Any]] = {
         "layers_to_transform": list(range(20, 30)),
     },
 }
-ADAPTERS = (*SYNTHETIC, *PEFT)
+STRENGTH = {
+    "mlp 8": 0.15,
+    "all 64": 0.15,
+    "attention 2": 0.2,
+    "all 16 rslora": 0.15,
+    "patterns": 0.15,
+    "late layers": 0.4,
+}
+"""The change of a projection's output, relative to a random model's own: seen, and no gibberish."""
+ADAPTERS = tuple(STRENGTH)
 
 TEXTS = [
     "The capital of France is",
@@ -94,11 +103,11 @@ def write_with_peft(directory: Path, model_directory: Path) -> dict[str, Path]:
         model.add_adapter(name, configs[name])
     torch.manual_seed(0)
     with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if "lora_A" in name:
-                parameter.normal_(0, parameter.shape[1] ** -0.5)
-            elif "lora_B" in name:
-                parameter.normal_(0, 0.25 * parameter.shape[1] ** -0.5)
+        for module in model.modules():
+            for name, half in getattr(module, "lora_B", {}).items():
+                rank, in_features = module.lora_A[name].weight.shape
+                module.lora_A[name].weight.normal_(0, in_features**-0.5)
+                half.weight.normal_(0, STRENGTH[name] / (module.scaling[name] * rank**0.5))
     model.save_pretrained(directory, save_embedding_layers=False)
     return {name: directory / name for name in configs}
 
@@ -122,7 +131,7 @@ def adapters(tmp_path_factory) -> dict[str, Path]:
     for seed, (name, options) in enumerate(SYNTHETIC.items(), start=1):
         paths[name] = directory / name
         config = read_config(model_directory)
-        write_synthetic_adapter(paths[name], config, seed=seed, scale=0.15, **options)
+        write_synthetic_adapter(paths[name], config, seed=seed, scale=STRENGTH[name], **options)
     return paths
 
 
@@ -180,10 +189,10 @@ def test_full_logits_of_prompts_agree(served: Served):
 
 
 def test_every_adapter_changes_the_text(served: Served):
-    """Also from the others': no adapter was mixed up with another."""
-    prompt = served.outputs[0].prompt_token_ids
-    short = SamplingParams(temperature=0, max_tokens=24)
+    """Also from the others' text; and none breaks it."""
+    prompt = served.outputs[1].prompt_token_ids
+    short = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
     outputs = served.llm.generate([prompt] * 7, [None, *ADAPTERS], short, progress=False)
     texts = [output.outputs[0].text for output in outputs]
     assert len(set(texts)) == 7
-    assert all(len(set(output.outputs[0].token_ids)) > 8 for output in outputs), texts
+    assert all(len(set(output.outputs[0].token_ids)) > 12 for output in outputs), texts
