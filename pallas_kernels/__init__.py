@@ -1,0 +1,1 @@
+"""Kernels over the page pool: arrays in, arrays out."""

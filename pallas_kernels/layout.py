@@ -177,8 +177,8 @@ class AdapterLayout:
     ) -> np.ndarray:
         """One adapter in page form: [num_layers, num_pages, R, 128], ready to be copied as it is.
 
-        ``layers`` may be a mapping that lacks layers, and a layer may lack targets: zeros. An r below
-        the stored rank is padded with zeros. A finite value that ``dtype`` cannot hold is a
+        ``layers`` may be a mapping that lacks layers, and a layer may lack targets: zeros. An r
+        below the stored rank is padded with zeros. A finite value that ``dtype`` cannot hold is a
         ValueError that names it.
         """
         dtype = np.dtype(dtype)
@@ -207,7 +207,8 @@ class AdapterLayout:
     def unpack(
         self, pages: np.ndarray, ranks: Sequence[int]
     ) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
-        """The inverse of ``pack`` at the stored ranks, for tests; targets of rank 0 are left out."""
+        """The inverse of ``pack`` at the stored ranks, for tests; targets of rank 0 are left
+        out."""
         a_row, b_row, _ = self.segments(ranks)
         layers = []
         for rows in pages.reshape(pages.shape[0], -1, LANES):

@@ -1,0 +1,1 @@
+"""Attention over K and V in pages of the pool."""

@@ -27,8 +27,9 @@ def kv_write(
     layout: KVLayout,
     implementation: str | None = None,
 ) -> jax.Array:
-    """``pool_layer`` [P, R, 128] with ``k`` and ``v`` [T, Hkv, Dh] at ``slots`` i32[T], in place where
-    the pool is donated. Lanes past head_dim become zeros. Slots of page 0 may repeat, others not.
+    """``pool_layer`` [P, R, 128] with ``k`` and ``v`` [T, Hkv, Dh] at ``slots`` i32[T], in place
+    where the pool is donated. Lanes past head_dim become zeros. Slots of page 0 may repeat, others
+    not.
     """
     return IMPLEMENTATIONS[_resolve(implementation)].kv_write(
         pool_layer, k, v, slots, layout=layout

@@ -7,11 +7,12 @@ knows no requests.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
-import numpy as np
 
-Array = jax.Array | np.ndarray
+Array = Any
+"""``jax.Array`` in a compiled step, ``np.ndarray`` where the host fills it in."""
 
 
 @jax.tree_util.register_dataclass
@@ -19,12 +20,13 @@ Array = jax.Array | np.ndarray
 class AttentionBatch:
     """T = D + NT * tile tokens: D decode rows, then NT prefill tiles, each of one sequence.
 
-    The tokens of a tile are consecutive positions, with padding at its end. Shapes, ``num_decode`` and
-    ``tile`` are what a compiled step depends on.
+    The tokens of a tile are consecutive positions, with padding at its end. Shapes, ``num_decode``
+    and ``tile`` are what a compiled step depends on.
     """
 
     slots: Array
-    """i32[T]: page * page_size + offset that takes each token's K and V; padding points into page 0."""
+    """i32[T]: page * page_size + offset that takes each token's K and V; padding points into page
+    0."""
 
     positions: Array
     """i32[T]: each token's position in its sequence; -1 on padding."""

@@ -1,8 +1,8 @@
 """Benchmark of paged attention: ``python -m pallas_kernels.paged_attention.bench``, JSON lines out.
 
-One line per step shape and implementation: the time of all layers of a model, each writing the step's
-K and V and attending, the output of one being the queries of the next. ``copy`` is the cheating lower
-bound: the pages that the step reads, copied and not used.
+One line per step shape and implementation: the time of all layers of a model, each writing the
+step's K and V and attending, the output of one being the queries of the next. ``copy`` is the
+cheating lower bound: the pages that the step reads, copied and not used.
 """
 
 from __future__ import annotations
@@ -141,12 +141,18 @@ def main() -> None:
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
             "dtype": dtype.name,
-            "step": dict(zip(("decode", "context", "prefill", "before", "chunk"), step, strict=True)),
+            "step": dict(
+                zip(("decode", "context", "prefill", "before", "chunk"), step, strict=True)
+            ),
             "mib": round(num_pages * page_bytes * model.layers / 2**20, 1),
         }
         for name in options.implementations.split(","):
-            pool = tuple(jnp.zeros((num_pages + 1, rows, LANES), dtype) for _ in range(model.layers))
-            ms, compile_s = run(name, q, pool, jax.device_put(batch), num_pages, model, options.repeats)
+            pool = tuple(
+                jnp.zeros((num_pages + 1, rows, LANES), dtype) for _ in range(model.layers)
+            )
+            ms, compile_s = run(
+                name, q, pool, jax.device_put(batch), num_pages, model, options.repeats
+            )
             result = {"ms": round(ms, 2), "compile_s": round(compile_s, 1)}
             print(json.dumps({**line, "implementation": name, **result}), flush=True)
 

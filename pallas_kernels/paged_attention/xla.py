@@ -15,6 +15,10 @@ from pallas_kernels.paged_attention.batch import AttentionBatch
 CHUNK_TOKENS = 64
 """Keys a trip of the loop."""
 
+FEW_QUERIES = 16
+"""Below as many queries a KV head (decode), rows of K and V are gathered whole and met as they lie;
+from there on it pays to gather K and V apart."""
+
 
 def kv_write(
     pool_layer: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array, *, layout: KVLayout
@@ -81,70 +85,70 @@ def _attend(
     """f32[S, Q, Hq, Dh] for S sequences of Q queries each."""
     num_seqs, num_queries, num_heads, dim = q.shape
     num_kv_heads, page_size = layout.num_kv_heads, layout.page_size
+    heads_per_kv = num_heads // num_kv_heads
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    pool_rows = pool_layer.reshape(-1, LANES)
     # The M queries that share a KV head share a matmul: [S, Hkv, M, Dh].
-    q = q.reshape(num_seqs, num_queries, num_kv_heads, -1, dim).swapaxes(1, 2)
-    q = q.reshape(num_seqs, num_kv_heads, -1, dim)
-    if dim == 64:  # rows hold K and V: zeros meet V
-        q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, LANES - dim)))
-    limit = jnp.repeat(positions, num_heads // num_kv_heads, axis=1)[:, None, None, :]
+    q = q.reshape(num_seqs, num_queries, num_kv_heads, heads_per_kv, dim).swapaxes(1, 2)
+    q = q.reshape(num_seqs, num_kv_heads, num_queries * heads_per_kv, dim)
+    limit = jnp.repeat(positions, heads_per_kv, axis=1)[:, None, :, None]  # [S, 1, M, 1]
     last = jnp.maximum(jnp.max(positions, axis=1, keepdims=True), 0)  # [S, 1]
     head = jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :, None]
+    few = num_queries * heads_per_kv < FEW_QUERIES
+    whole_rows = few and dim < LANES
+    if whole_rows:
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, LANES - dim)))  # zeros meet V
 
     def keys_and_values(position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Each [S, Hkv, chunk, 128]: what lies at ``position`` i32[chunk] of each sequence."""
+        """Each [S, Hkv, chunk, lanes]: what lies at ``position`` i32[chunk] of each sequence."""
         # Past a row's end may be NaN, which no weight of zero stops: read its last token again.
         place = jnp.minimum(position[None, :], last)
         page = jnp.take_along_axis(page_table, place // page_size, axis=1, mode="clip")
-        if dim == 64:
-            row = (page * page_size + place % page_size) * num_kv_heads
-            both = _rows(pool_rows, row[:, None, :] + head)
-            return both, both
-        row = (page * 2 * page_size + place % page_size) * num_kv_heads
-        row = row[:, None, :] + head
-        return _rows(pool_rows, row), _rows(pool_rows, row + page_size * num_kv_heads)
+        if dim < LANES:
+            row = (page * page_size + place % page_size)[:, None, :] * num_kv_heads + head
+            if whole_rows:
+                both = _rows(pool_layer.reshape(-1, LANES), row)
+                return both, both
+            halves = pool_layer.reshape(-1, dim)
+            return _rows(halves, 2 * row), _rows(halves, 2 * row + 1)
+        row = (page * 2 * page_size + place % page_size)[:, None, :] * num_kv_heads + head
+        rows = pool_layer.reshape(-1, LANES)
+        return _rows(rows, row), _rows(rows, row + page_size * num_kv_heads)
+
+    def dot(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int) -> jax.Array:
+        """Over one axis of each, for every sequence and KV head; f32."""
+        return jax.lax.dot_general(
+            left,
+            right,
+            (((left_axis,), (right_axis,)), ((0, 1), (0, 1))),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
 
     def add_chunk(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, acc = carry
         position = index * CHUNK_TOKENS + jnp.arange(CHUNK_TOKENS, dtype=jnp.int32)
         k, v = keys_and_values(position)
-        scores = jax.lax.dot_general(
-            k,
-            q,
-            (((3,), (3,)), ((0, 1), (0, 1))),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )  # [S, Hkv, chunk, M]: on CPU twice as fast as its transpose
-        visible = position[None, None, :, None] <= limit
+        scores = dot(k, q, 3, 3).swapaxes(2, 3) if few else dot(q, k, 3, 3)  # [S, Hkv, M, chunk]
+        visible = position[None, None, None, :] <= limit
         scores = jnp.where(visible, scores * scale, -jnp.inf)
-        new_largest = jnp.maximum(largest, jnp.max(scores, axis=2, keepdims=True))
+        new_largest = jnp.maximum(largest, jnp.max(scores, axis=3, keepdims=True))
         # A row that has seen nothing yet keeps -inf; subtract something finite there.
         finite = jnp.where(jnp.isfinite(new_largest), new_largest, 0.0)
         weights = jnp.exp(scores - finite)
         fade = jnp.exp(largest - finite)
-        total = total * fade + jnp.sum(weights, axis=2, keepdims=True)
-        update = jax.lax.dot_general(
-            weights.astype(v.dtype),
-            v,
-            (((2,), (2,)), ((0, 1), (0, 1))),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )  # [S, Hkv, M, 128]
-        acc = acc * fade.swapaxes(2, 3) + update[..., LANES - dim :]
-        return new_largest, total, acc
+        total = total * fade + jnp.sum(weights, axis=3, keepdims=True)
+        update = dot(weights.astype(v.dtype), v, 3, 2)
+        return new_largest, total, acc * fade + update[..., update.shape[3] - dim :]
 
-    shape = (num_seqs, num_kv_heads, 1, q.shape[2])
     carry = (
-        jnp.full(shape, -jnp.inf, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
+        jnp.full((*q.shape[:3], 1), -jnp.inf, jnp.float32),
+        jnp.zeros((*q.shape[:3], 1), jnp.float32),
         jnp.zeros((*q.shape[:3], dim), jnp.float32),
     )
     trips = (jnp.max(positions) + CHUNK_TOKENS) // CHUNK_TOKENS
     _, total, acc = jax.lax.fori_loop(0, trips, add_chunk, carry)
-    total = total.swapaxes(2, 3)
     out = jnp.where(total > 0, acc / jnp.where(total > 0, total, 1.0), 0.0)
-    out = out.reshape(num_seqs, num_kv_heads, num_queries, -1, dim).swapaxes(1, 2)
+    out = out.reshape(num_seqs, num_kv_heads, num_queries, heads_per_kv, dim).swapaxes(1, 2)
     return out.reshape(num_seqs, num_queries, num_heads, dim)
 
 
@@ -156,6 +160,6 @@ def _rows(pool_rows: jax.Array, rows: jax.Array) -> jax.Array:
         jax.lax.GatherDimensionNumbers(
             offset_dims=(rows.ndim,), collapsed_slice_dims=(0,), start_index_map=(0,)
         ),
-        slice_sizes=(1, LANES),
+        slice_sizes=(1, pool_rows.shape[1]),
         mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
     )

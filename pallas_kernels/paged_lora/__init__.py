@@ -1,0 +1,1 @@
+"""LoRA over A and B in pages of the pool."""

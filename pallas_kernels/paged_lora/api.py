@@ -1,8 +1,8 @@
 """Paged LoRA: ``y + scaling · (x A) B`` per token, A and B of its own adapter, read from the pool.
 
-Owns the signature and the choice of implementation; S-LoRA's MBGMM and MBGMV, Punica's SGMV and BGMV.
-A named implementation never falls back and unknown names are errors; one that cannot do what is
-asked declines with NotImplementedError. Refuses to know how any of them works.
+Owns the signature and the choice of implementation; S-LoRA's MBGMM and MBGMV, Punica's SGMV and
+BGMV. A named implementation never falls back and unknown names are errors; one that cannot do what
+is asked declines with NotImplementedError. Refuses to know how any of them works.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def paged_lora(
     pool_layer: jax.Array,
     plan: LoraPlan,
     *,
-    layer: int,
+    layer: int | jax.Array,
     group: tuple[str, ...],
     layout: AdapterLayout,
     implementation: str | None = None,
 ) -> jax.Array:
     """``y`` plus each token's LoRA term of one group of targets; float32 inside, y's dtype outside.
 
-    y: [T, outputs of the group's targets side by side]; x: [T, inputs]; pool_layer: [P, R, 128], this
-    layer's pages. Rows of base tokens come back as they are. Garbage (NaN) in pages that no adapter
-    of the batch owns, and in x of other tokens, reaches no row. ``layer`` picks the scaling.
-    ``implementation=None`` is the plan's; another than the plan's is a ValueError.
+    y: [T, outputs of the group's targets side by side]; x: [T, inputs]; pool_layer: [P, R, 128],
+    this layer's pages. Rows of base tokens come back as they are. Garbage (NaN) in pages that no
+    adapter of the batch owns, and in x of other tokens, reaches no row. ``layer`` picks the
+    scaling. ``implementation=None`` is the plan's; another than the plan's is a ValueError.
     """
     if implementation is not None and _resolve(implementation) != plan.implementation:
         raise ValueError(f"the plan is for {plan.implementation!r}, not for {implementation!r}")

@@ -1,19 +1,21 @@
 """LoraBatch: what one step says about its adapters, and the bucket sizes that bound it.
 
-Owns the metadata that every implementation of paged_lora reads. Filled on the host with NumPy; knows
-neither requests nor names of adapters.
+Owns the metadata that every implementation of paged_lora reads. Filled on the host with NumPy;
+knows neither requests nor names of adapters.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
-import numpy as np
 
 from pallas_kernels.layout import MAX_RANK, RANK_MULTIPLE, TARGETS, AdapterLayout
 
-Array = jax.Array | np.ndarray
+Array = Any
+"""``jax.Array`` in a compiled step, ``np.ndarray`` where the host fills it in."""
 
 
 @jax.tree_util.register_dataclass
@@ -21,8 +23,8 @@ Array = jax.Array | np.ndarray
 class LoraBatch:
     """The adapters of one step: a table of N rows, row 0 the base model, unused rows of rank 0.
 
-    Shapes and ``rank_bucket`` are what a compiled step depends on; ``lora_bucket_sizes`` derives N and
-    F from ``rank_bucket``, so that it is the only bucket of this batch besides T.
+    Shapes and ``rank_bucket`` are what a compiled step depends on; ``lora_bucket_sizes`` derives N
+    and F from ``rank_bucket``, so that it is the only bucket of this batch besides T.
     """
 
     adapter_index: Array
@@ -50,6 +52,7 @@ class LoraBatch:
     """Rt, a multiple of 8: at least the sum, over the adapters, of their largest target rank."""
 
 
+@functools.cache
 def lora_bucket_sizes(rank_bucket: int, layout: AdapterLayout) -> tuple[int, int]:
     """(N, F): table rows and page ids that no step within ``rank_bucket`` can overflow."""
     if rank_bucket < 0 or rank_bucket % RANK_MULTIPLE:

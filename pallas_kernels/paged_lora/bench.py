@@ -1,14 +1,16 @@
 """Benchmark of paged LoRA: ``python -m pallas_kernels.paged_lora.bench``, JSON lines out.
 
-One line per step shape and implementation: the time of the LoRA terms of every layer and target of a
-model, chained as its layers chain them, without base matmuls or attention. ``copy`` is the
+One line per step shape and implementation: the time of the LoRA terms of every layer and target of
+a model, chained as its layers chain them, without base matmuls or attention. ``copy`` is the
 cheating lower bound: the same bytes of the pool, copied and not used.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -96,7 +98,8 @@ def chain(
     """All layers' LoRA terms, each group's input made of the output before it."""
     plan = api.prepare(batch, layout, implementation=implementation)
     hidden, heads, kv, inner = (
-        layout.in_features[0], layout.out_features[0], layout.out_features[1], layout.out_features[4]
+        layout.in_features[0], layout.out_features[0], layout.out_features[1],
+        layout.out_features[4]
     )  # fmt: skip
     tokens = x.shape[0]
 
@@ -144,7 +147,7 @@ def main() -> None:
             "jax": jax.__version__,
             "dtype": dtype.name,
             "tokens": tokens,
-            "ranks": dict(zip(*map(np.ndarray.tolist, np.unique(ranks, return_counts=True)))),
+            "ranks": dict(collections.Counter(map(int, ranks))),
             "mib": round(rows * model.layers * LANES * dtype.itemsize / 2**20, 1),
         }
         for name in options.implementations.split(","):
@@ -162,7 +165,9 @@ def main() -> None:
                 step = jitted.lower(x, pool, batch, layout=layout, implementation=name).compile()
                 arguments = (x, pool, jax.device_put(batch))
             compile_s = time.perf_counter() - start
-            ms = best_ms(lambda: step(*arguments), 2 if name == "reference" else options.repeats)
+            ms = best_ms(
+                functools.partial(step, *arguments), 2 if name == "reference" else options.repeats
+            )
             result = {"ms": round(ms, 2), "compile_s": round(compile_s, 1)}
             print(json.dumps({**line, "implementation": name, **result}), flush=True)
 

@@ -34,7 +34,7 @@ def paged_lora(
     pool_layer: jax.Array,
     plan: Plan,
     *,
-    layer: int,
+    layer: int | jax.Array,
     group: tuple[str, ...],
     layout: AdapterLayout,
 ) -> jax.Array:
@@ -56,7 +56,8 @@ def paged_lora(
 def _matrix(
     pool_layer: jax.Array, batch: LoraBatch, target: int, first_row: jax.Array, columns: int
 ) -> jax.Array:
-    """f32[T, rank_bucket, columns]: every token's A (or Bᵀ) of one target, zeros beyond its rank."""
+    """f32[T, rank_bucket, columns]: every token's A (or Bᵀ) of one target, zeros beyond its
+    rank."""
     rows_per_page = pool_layer.shape[1]
     index = batch.adapter_index[:, None, None]  # [T, 1, 1]
     rank = batch.rank[index, target]

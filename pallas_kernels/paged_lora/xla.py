@@ -1,7 +1,7 @@
 """Paged LoRA in plain XLA, for CPU and whatever has no kernel of its own.
 
-Each token multiplies with its own adapter's rows where they lie in the pool, eight ranks at a time, in
-two fused loops that copy no page (Punica's BGMV, without its padding to one rank). So a token's
+Each token multiplies with its own adapter's rows where they lie in the pool, eight ranks at a time,
+in two fused loops that copy no page (Punica's BGMV, without its padding to one rank). So a token's
 bits depend on nobody else's adapter. Work follows the tokens and the step's largest rank, not the
 bucket. README.md beside this file says what was measured, and what did not pay. Knows no layers:
 each call is one group of targets.
@@ -29,8 +29,8 @@ class Plan:
     """For each token, where its own adapter lies; U = min(rank_bucket, 256) / 8 units of ranks."""
 
     a_rows: tuple[jax.Array, ...]
-    """Per group i32[U, T, targets, input blocks]: the row of each unit's first rank, of the pool seen
-    as rows of the input's ``_width``."""
+    """Per group i32[U, T, targets, input blocks]: the row of each unit's first rank, of the pool
+    seen as rows of the input's ``_width``."""
 
     b_rows: tuple[jax.Array, ...]
     """Per group i32[U, T, output blocks], targets side by side, of the outputs' ``_width``."""
@@ -85,7 +85,7 @@ def paged_lora(
     pool_layer: jax.Array,
     plan: Plan,
     *,
-    layer: int,
+    layer: int | jax.Array,
     group: tuple[str, ...],
     layout: AdapterLayout,
 ) -> jax.Array:
@@ -209,7 +209,8 @@ def _width(features: tuple[int, ...]) -> int:
 
 
 def _to_blocks(values: jax.Array, features: tuple[int, ...]) -> jax.Array:
-    """[T, sum of features] → [T, blocks, width], each of the features zero-padded to whole blocks."""
+    """[T, sum of features] → [T, blocks, width], each of the features zero-padded to whole
+    blocks."""
     width = _width(features)
     if any(f % width for f in features):
         parts = jnp.split(values, np.cumsum(features[:-1]).tolist(), axis=1)

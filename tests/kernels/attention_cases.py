@@ -1,4 +1,5 @@
-"""Random steps of paged attention: histories scattered over pages, NaN wherever nothing was written."""
+"""Random steps of paged attention: histories scattered over pages, NaN wherever nothing was
+written."""
 
 import dataclasses
 
@@ -52,7 +53,8 @@ def make_case(
     pad_decode=0,
     pad_tiles=0,
 ):
-    """``decode``: context lengths, the new token included; ``prefill``: (start, tokens) of each chunk.
+    """``decode``: context lengths, the new token included; ``prefill``: (start, tokens) of each
+    chunk.
 
     Each sequence gets shuffled pages of its own; a chunk takes as many tiles as it needs, all with
     the sequence's page table row. ``pad_decode`` and ``pad_tiles`` rows are padding.

@@ -18,7 +18,8 @@ RELATIVE = {
 
 
 def assert_close(actual, expected, dtype, what=""):
-    """Rows of ``actual`` and ``expected`` agree to the dtype's tolerance; NaN agrees with nothing."""
+    """Rows of ``actual`` and ``expected`` agree to the dtype's tolerance; NaN agrees with
+    nothing."""
     actual = np.asarray(actual).astype(np.float64)
     expected = np.asarray(expected).astype(np.float64)
     assert actual.shape == expected.shape, what
