@@ -130,7 +130,9 @@ def _from_hub(repo: str, patterns: tuple[str, ...], progress: bool) -> Path:
         raise
     except Exception as error:  # httpx, requests, OSError, hub errors: it differs by version
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{repo}: cannot be fetched from the hub: {reason}") from error
+        raise CheckpointError(
+            f"{repo}: no such directory here, and it cannot be fetched from the hub: {reason}"
+        ) from error
     return Path(local)
 
 

@@ -225,6 +225,9 @@ def _to_config(hyperparameters: Mapping[str, Any]) -> LlamaConfig:
     values = {name: hyperparameters[name] for name in names}
     if values["rope_scaling"] is not None:
         values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+    if values["vocab_size"] >= 2**18:
+        # Top-p adds 30-bit shares of the whole vocabulary in 32-bit integers (slora_jax.sampling).
+        raise ModelLoadError(f"vocab_size={values['vocab_size']} is not supported: 262143 is most")
     if values["head_dim"] > 128:
         raise ModelLoadError(f"head_dim={values['head_dim']} is not supported: 128 is the largest")
     return LlamaConfig(**values)

@@ -40,6 +40,9 @@ def partition_spec(axes: Sequence[str]) -> PartitionSpec:
 
 def named_sharding(mesh: Mesh, axes: Sequence[str]) -> NamedSharding:
     """Where an array with these logical axes lives on ``mesh``."""
+    if mesh.size == 1:
+        # The one spelling that jit's outputs have: for others it would trace and lower again.
+        return NamedSharding(mesh, PartitionSpec())
     return NamedSharding(mesh, partition_spec(axes))
 
 

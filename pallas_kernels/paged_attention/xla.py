@@ -90,11 +90,15 @@ def _attend(
     # The M queries that share a KV head share a matmul: [S, Hkv, M, Dh].
     q = q.reshape(num_seqs, num_queries, num_kv_heads, heads_per_kv, dim).swapaxes(1, 2)
     q = q.reshape(num_seqs, num_kv_heads, num_queries * heads_per_kv, dim)
-    limit = jnp.repeat(positions, heads_per_kv, axis=1)[:, None, :, None]  # [S, 1, M, 1]
     last = jnp.maximum(jnp.max(positions, axis=1, keepdims=True), 0)  # [S, 1]
     head = jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :, None]
-    few = num_queries * heads_per_kv < FEW_QUERIES
+    few = q.shape[2] < FEW_QUERIES
     whole_rows = few and dim < LANES
+    # Scores are [S, Hkv, keys, M] for few queries, [S, Hkv, M, keys] for many.
+    keys = 2 if few else 3
+    per_key = (1, 1, -1, 1) if few else (1, 1, 1, -1)
+    per_query = (1, -1) if few else (-1, 1)
+    limit = jnp.repeat(positions, heads_per_kv, axis=1).reshape(num_seqs, 1, *per_query)
     if whole_rows:
         q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, LANES - dim)))  # zeros meet V
 
@@ -128,25 +132,23 @@ def _attend(
         largest, total, acc = carry
         position = index * CHUNK_TOKENS + jnp.arange(CHUNK_TOKENS, dtype=jnp.int32)
         k, v = keys_and_values(position)
-        scores = dot(k, q, 3, 3).swapaxes(2, 3) if few else dot(q, k, 3, 3)  # [S, Hkv, M, chunk]
-        visible = position[None, None, None, :] <= limit
-        scores = jnp.where(visible, scores * scale, -jnp.inf)
-        new_largest = jnp.maximum(largest, jnp.max(scores, axis=3, keepdims=True))
+        scores = dot(k, q, 3, 3) if few else dot(q, k, 3, 3)
+        scores = jnp.where(position.reshape(per_key) <= limit, scores * scale, -jnp.inf)
+        new_largest = jnp.maximum(largest, jnp.max(scores, axis=keys, keepdims=True))
         # A row that has seen nothing yet keeps -inf; subtract something finite there.
         finite = jnp.where(jnp.isfinite(new_largest), new_largest, 0.0)
         weights = jnp.exp(scores - finite)
         fade = jnp.exp(largest - finite)
-        total = total * fade + jnp.sum(weights, axis=3, keepdims=True)
-        update = dot(weights.astype(v.dtype), v, 3, 2)
-        return new_largest, total, acc * fade + update[..., update.shape[3] - dim :]
+        total = total * fade + jnp.sum(weights, axis=keys, keepdims=True)
+        update = dot(weights.astype(v.dtype), v, keys, 2)  # [S, Hkv, M, lanes]
+        acc = acc * fade.reshape(*acc.shape[:3], 1) + update[..., update.shape[3] - dim :]
+        return new_largest, total, acc
 
-    carry = (
-        jnp.full((*q.shape[:3], 1), -jnp.inf, jnp.float32),
-        jnp.zeros((*q.shape[:3], 1), jnp.float32),
-        jnp.zeros((*q.shape[:3], dim), jnp.float32),
-    )
+    zeros = jnp.zeros((*q.shape[:3], 1), jnp.float32).reshape(*q.shape[:2], *per_query)
+    acc = jnp.zeros((*q.shape[:3], dim), jnp.float32)
     trips = (jnp.max(positions) + CHUNK_TOKENS) // CHUNK_TOKENS
-    _, total, acc = jax.lax.fori_loop(0, trips, add_chunk, carry)
+    _, total, acc = jax.lax.fori_loop(0, trips, add_chunk, (zeros - jnp.inf, zeros, acc))
+    total = total.reshape(*acc.shape[:3], 1)
     out = jnp.where(total > 0, acc / jnp.where(total > 0, total, 1.0), 0.0)
     out = out.reshape(num_seqs, num_kv_heads, num_queries, heads_per_kv, dim).swapaxes(1, 2)
     return out.reshape(num_seqs, num_queries, num_heads, dim)

@@ -237,9 +237,9 @@ def test_interrupting_a_download_stops_pip(monkeypatch, tmp_path: Path):
 
 def test_unreachable_hub_fails_fast():
     start = time.perf_counter()
-    with pytest.raises(CheckpointError, match="someone/some-llama: cannot be fetched from the hub"):
+    with pytest.raises(CheckpointError, match="someone/some-llama: .*cannot be fetched from the hub"):
         resolve_model("someone/some-llama")
-    with pytest.raises(CheckpointError, match="someone/some-lora: cannot be fetched from the hub"):
+    with pytest.raises(CheckpointError, match="someone/some-lora: .*cannot be fetched from the hub"):
         resolve_adapter("someone/some-lora")
     assert time.perf_counter() - start < 10
 
@@ -382,7 +382,7 @@ def test_models_and_adapters_from_a_hub(model: Path, adapter: Path, tmp_path: Pa
         assert Tokenizer.from_directory(found).eos_token_id == 257
         assert sorted(os.listdir(lora)) == ["adapter_config.json", "adapter_model.safetensors"]
         assert "no safetensors on the hub" in pickles
-        assert "someone/nothing: cannot be fetched from the hub" in nothing
+        assert "someone/nothing: no such directory here, and it cannot be fetched" in nothing
         asked = " ".join(FakeHub.asked)
         for name in ("pytorch_model.bin", "adapter_model.bin", "original", "README", "optimizer"):
             assert name not in asked
