@@ -237,9 +237,9 @@ def test_interrupting_a_download_stops_pip(monkeypatch, tmp_path: Path):
 
 def test_unreachable_hub_fails_fast():
     start = time.perf_counter()
-    with pytest.raises(CheckpointError, match="someone/some-llama: .*cannot be fetched from the hub"):
+    with pytest.raises(CheckpointError, match=r"some-llama: .*cannot be fetched"):
         resolve_model("someone/some-llama")
-    with pytest.raises(CheckpointError, match="someone/some-lora: .*cannot be fetched from the hub"):
+    with pytest.raises(CheckpointError, match=r"some-lora: .*cannot be fetched"):
         resolve_adapter("someone/some-lora")
     assert time.perf_counter() - start < 10
 
