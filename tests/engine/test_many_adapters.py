@@ -114,6 +114,7 @@ def power_law_requests(count: int, seed: int) -> tuple[list[list[int]], list[int
     return prompts, users
 
 
+@pytest.mark.slow
 def test_500_requests_over_2000_adapters_finish_right(crowd: Crowd):
     adapters = crowd.llm.list_adapters()
     assert len(adapters) == NUM_ADAPTERS

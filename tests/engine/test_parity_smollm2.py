@@ -188,6 +188,20 @@ def test_full_logits_of_prompts_agree(served: Served):
         assert np.abs(ours - served.reference.logits(prompt, adapter)).max() < 1e-3
 
 
+def test_chats_are_rendered_and_encoded_as_by_transformers(served: Served):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(DEMO_MODEL))
+    messages = [
+        {"role": "system", "content": "You answer in French."},
+        {"role": "user", "content": QUESTIONS[0]},
+    ]
+    once = SamplingParams(temperature=0, max_tokens=1)
+    (output,) = served.llm.chat(messages, "late layers", once, progress=False)
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert list(output.prompt_token_ids) == encoded["input_ids"]
+
+
 def test_every_adapter_changes_the_text(served: Served):
     """Also from the others' text; and none breaks it."""
     prompt = served.outputs[1].prompt_token_ids
