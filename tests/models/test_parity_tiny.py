@@ -43,8 +43,8 @@ ADAPTER_IDS = [None, "all", "some", "all"]
 NUM_TOKENS = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
-TOLERANCE = {"float32": 2e-4, "float16": 0.2, "bfloat16": 0.8}
-"""Of a logit, where logits spread by 5; of the mean square's root, a fifth."""
+TOLERANCE = {"float32": 2e-4, "float16": 0.2, "bfloat16": 1.6}
+"""Of a logit, where logits spread by 5; of the root mean square, an eighth of it."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -96,7 +96,7 @@ only_gqa = pytest.mark.parametrize("served", ["gqa"], indirect=True)
 
 def assert_close(logits: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
     np.testing.assert_allclose(logits, expected, atol=tolerance, rtol=0)
-    assert np.sqrt(np.mean((logits - expected) ** 2)) < tolerance / 5
+    assert np.sqrt(np.mean((logits - expected) ** 2)) < tolerance / 8
 
 
 def test_tokens_and_logits_equal_the_oracle(served: Served):
@@ -175,4 +175,4 @@ def test_half_precision_stays_close(served: Served, dtype: str):
         exact = served.model.oracle(adapter).logits(run.computed(index))
         assert_close(run.logits[index], exact, TOLERANCE[dtype])
         chosen = exact[np.arange(-NUM_TOKENS, 0), run.tokens[index]]
-        assert (chosen > exact[-NUM_TOKENS:].max(axis=1) - 2 * TOLERANCE[dtype]).all()
+        assert (chosen > exact[-NUM_TOKENS:].max(axis=1) - TOLERANCE[dtype]).all()
