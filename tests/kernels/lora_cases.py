@@ -49,15 +49,16 @@ class Case:
         return y.astype(np.float64) + np.concatenate(deltas, axis=1)
 
 
-def make_case(rng, ranks, index, *, features, rows_per_page, dtype, rank_bucket=None):
-    """``ranks``: one 7-tuple of true ranks per adapter; ``index``: table row of each token."""
+def make_case(rng, ranks, index, *, features, rows_per_page, dtype, rank_bucket=None, fixed=None):
+    """``ranks``: one 7-tuple of true ranks per adapter; ``index``: table row of each token;
+    ``fixed``: number of an adapter → generator of its values."""
     layout = AdapterLayout(**features, rows_per_page=rows_per_page)
     ranks = [tuple(r) for r in ranks]
     largest = sum(stored_rank(max(r)) for r in ranks)
     rank_bucket = rank_bucket or max(8, largest)
     rows, page_ids = lora_bucket_sizes(rank_bucket, layout)
     counts = [layout.num_pages(r) for r in ranks]
-    num_pages = sum(counts) + 4
+    num_pages = page_ids + 4  # of the bucket, not of the step: steps share compiled programs
     pool = np.full((LAYERS, num_pages, rows_per_page, LANES), np.nan).astype(dtype)
     free = rng.permutation(np.arange(1, num_pages)).astype(np.int32)
 
@@ -65,10 +66,12 @@ def make_case(rng, ranks, index, *, features, rows_per_page, dtype, rank_bucket=
     page_start = np.zeros(rows, np.int32)
     table = {name: np.zeros((rows, 7), np.int32) for name in ("rank", "a_row", "b_row")}
     scaling = np.full((LAYERS, rows, 7), np.nan, np.float32)
-    scaling[:, : len(ranks) + 1] = rng.uniform(0.5, 2.0, (LAYERS, len(ranks) + 1, 7))
+    scaling[:, : len(ranks) + 1] = np.linspace(0.5, 2.0, LAYERS * 7).reshape(LAYERS, 1, 7)
+    scaling[:, : len(ranks) + 1] += rng.uniform(0, 1, (len(ranks) + 1, 1)) * (fixed is None)
     adapters, used = [], 0
     for row, adapter_ranks in enumerate(ranks, start=1):
-        layers = [_random_layer(rng, layout, adapter_ranks, dtype) for _ in range(LAYERS)]
+        values = (fixed or {}).get(row - 1, rng)
+        layers = [_random_layer(values, layout, adapter_ranks, dtype) for _ in range(LAYERS)]
         own = free[used : used + counts[row - 1]]
         pool[:, own] = layout.pack(layers, LAYERS, adapter_ranks, dtype)
         pages[used : used + len(own)] = own
