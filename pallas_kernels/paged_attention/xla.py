@@ -135,10 +135,8 @@ def _attend(
         scores = dot(k, q, 3, 3) if few else dot(q, k, 3, 3)
         scores = jnp.where(position.reshape(per_key) <= limit, scores * scale, -jnp.inf)
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=keys, keepdims=True))
-        # A row that has seen nothing yet keeps -inf; subtract something finite there.
-        finite = jnp.where(jnp.isfinite(new_largest), new_largest, 0.0)
-        weights = jnp.exp(scores - finite)
-        fade = jnp.exp(largest - finite)
+        weights = jnp.exp(scores - new_largest)
+        fade = jnp.exp(largest - new_largest)
         total = total * fade + jnp.sum(weights, axis=keys, keepdims=True)
         update = dot(weights.astype(v.dtype), v, keys, 2)  # [S, Hkv, M, lanes]
         acc = acc * fade.reshape(*acc.shape[:3], 1) + update[..., update.shape[3] - dim :]
@@ -147,7 +145,9 @@ def _attend(
     zeros = jnp.zeros((*q.shape[:3], 1), jnp.float32).reshape(*q.shape[:2], *per_query)
     acc = jnp.zeros((*q.shape[:3], dim), jnp.float32)
     trips = (jnp.max(positions) + CHUNK_TOKENS) // CHUNK_TOKENS
-    _, total, acc = jax.lax.fori_loop(0, trips, add_chunk, (zeros - jnp.inf, zeros, acc))
+    # Padding rows see nothing: the least finite number, and no NaN of two infinities.
+    largest = jnp.full_like(zeros, jnp.finfo(jnp.float32).min)
+    _, total, acc = jax.lax.fori_loop(0, trips, add_chunk, (largest, zeros, acc))
     total = total.reshape(*acc.shape[:3], 1)
     out = jnp.where(total > 0, acc / jnp.where(total > 0, total, 1.0), 0.0)
     out = out.reshape(num_seqs, num_kv_heads, num_queries, heads_per_kv, dim).swapaxes(1, 2)

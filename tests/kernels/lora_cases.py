@@ -63,7 +63,7 @@ def make_case(rng, ranks, index, *, features, rows_per_page, dtype, rank_bucket=
     free = rng.permutation(np.arange(1, num_pages)).astype(np.int32)
 
     pages = np.zeros(page_ids, np.int32)
-    page_start = np.zeros(rows, np.int32)
+    page_start = np.full(rows, page_ids - 1, np.int32)  # the null page, where nothing is owned
     table = {name: np.zeros((rows, 7), np.int32) for name in ("rank", "a_row", "b_row")}
     scaling = np.full((LAYERS, rows, 7), np.nan, np.float32)
     scaling[:, : len(ranks) + 1] = np.linspace(0.5, 2.0, LAYERS * 7).reshape(LAYERS, 1, 7)
