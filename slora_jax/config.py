@@ -30,13 +30,14 @@ class EngineConfig:
     max_num_seqs: int = 64
     """Most requests that run at once. Fixes the largest decode bucket: changing this recompiles."""
 
-    max_num_batched_tokens: int = 256
+    max_num_batched_tokens: int | None = None
     """Prefill tokens of one step, tile padding included: a longer prompt is read in chunks. Fixes
-    the largest prefill bucket: changing this recompiles."""
+    the largest prefill bucket: changing this recompiles. ``None``: 32 tiles, or 16 where a tile is
+    128 tokens."""
 
-    prefill_tile: int = 8
+    prefill_tile: int | None = None
     """Prefill chunks are laid out in tiles of this many tokens, so that a tile belongs to one
-    request. Changing this recompiles."""
+    request. Changing this recompiles. ``None``: what suits the kernels, 8 or 128."""
 
     max_model_len: int | None = None
     """Most tokens of one request, prompt and output together. ``None``: the model's
@@ -65,27 +66,38 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name, low in (
             ("max_num_seqs", 1),
-            ("max_num_batched_tokens", 1),
-            ("prefill_tile", 1),
             ("seed", 0),
         ):
             _check_int(name, getattr(self, name), low)
-        for name in ("max_model_len", "page_size", "pool_bytes"):
+        for name in (
+            "max_num_batched_tokens",
+            "prefill_tile",
+            "max_model_len",
+            "page_size",
+            "pool_bytes",
+        ):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
         if self.host_adapter_bytes is not None:
             _check_int("host_adapter_bytes", self.host_adapter_bytes, 0)
-        if self.max_num_batched_tokens % self.prefill_tile:
-            raise ConfigError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens} must be a multiple of "
-                f"prefill_tile={self.prefill_tile}"
-            )
+        if self.prefill_tile is not None:
+            self.prefill_sizes(self.prefill_tile)
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _check_choice("kernels", self.kernels, ("auto", "gpu", "tpu", "xla", "reference"))
         fraction = self.memory_fraction
         is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
         if not is_number or not 0 < fraction <= 1:
             raise ConfigError(f"memory_fraction={fraction!r} must be above 0 and at most 1")
+
+    def prefill_sizes(self, suited_tile: int) -> tuple[int, int]:
+        """(tokens a tile, most prefill tokens a step), given the tile that suits the kernels."""
+        tile = self.prefill_tile or suited_tile
+        tokens = self.max_num_batched_tokens or tile * (16 if tile >= 128 else 32)
+        if tokens % tile:
+            raise ConfigError(
+                f"max_num_batched_tokens={tokens} must be a multiple of prefill_tile={tile}"
+            )
+        return tile, tokens
 
 
 def _check_int(name: str, value: object, low: int) -> None:

@@ -116,8 +116,8 @@ class Engine:
             self.store,
             page_size=self._page_size,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            prefill_tile=config.prefill_tile,
+            max_num_batched_tokens=runner.max_prefill_tokens,
+            prefill_tile=runner.prefill_tile,
             max_model_len=max_model_len,
             clock=clock,
         )

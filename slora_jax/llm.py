@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from pallas_kernels import dispatch
 from pallas_kernels.layout import KVLayout, choose_page_size
 from slora_jax import loading
 from slora_jax.adapter_store import AdapterInfo
@@ -83,7 +84,6 @@ class LLM:
         **options: Any,
     ):
         config = _engine_config(config, options)
-        _implementation(config)  # refused before the model is read
         self._device = jax.devices()[0]
         self._dtype = _choose_dtype(config, self._device)
         self._loaded = loading.load_model(
@@ -96,11 +96,20 @@ class LLM:
     def _make_engine(self, config: EngineConfig) -> Engine:
         model = self._loaded.model.config
         kv = _kv_layout(config, model.num_kv_heads, model.head_dim, self._dtype)
-        view = PoolView(
-            kv=kv,
-            adapters=loading.adapter_layout(model, kv.rows_per_page),
-            kernels=_implementation(config),
-        )
+        adapters = loading.adapter_layout(model, kv.rows_per_page)
+        try:
+            kernels = dispatch.choose(
+                config.kernels,
+                self._device,
+                dtype=self._dtype,
+                num_heads=model.num_heads,
+                kv=kv,
+                adapters=adapters,
+            )
+        except NotImplementedError as error:
+            raise ConfigError(f"kernels={config.kernels!r}: {error}") from error
+        view = PoolView(kv=kv, adapters=adapters, kernels=kernels)
+        tile, prefill_tokens = config.prefill_sizes(dispatch.PREFILL_TILE[kernels])
         page_bytes = model.num_layers * kv.rows_per_page * 128 * jnp.dtype(self._dtype).itemsize
         num_pages = _num_pages(config, self._device, page_bytes)
         max_model_len = _max_model_len(
@@ -114,8 +123,8 @@ class LLM:
                 dtype=self._dtype,
                 mesh=single_device_mesh(self._device),
                 max_num_seqs=config.max_num_seqs,
-                prefill_tile=config.prefill_tile,
-                max_tiles=config.max_num_batched_tokens // config.prefill_tile,
+                prefill_tile=tile,
+                max_prefill_tokens=prefill_tokens,
                 max_model_len=max_model_len,
             )
         except jax.errors.JaxRuntimeError as error:
@@ -476,16 +485,6 @@ def _kv_layout(
         return KVLayout(num_kv_heads, head_dim, page_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _implementation(config: EngineConfig) -> str | None:
-    if config.kernels == "auto":
-        return None
-    if config.kernels in ("gpu", "tpu"):
-        raise ConfigError(
-            f"kernels={config.kernels!r} is not in this version: 'auto' and 'xla' run everywhere"
-        )
-    return config.kernels
 
 
 def _pool_bytes(config: EngineConfig, device: Any) -> int:

@@ -102,10 +102,12 @@ class ModelRunner:
         mesh: jax.sharding.Mesh,
         max_num_seqs: int,
         prefill_tile: int,
-        max_tiles: int,
+        max_prefill_tokens: int,
         max_model_len: int,
     ):
         self.view = view
+        self.prefill_tile = prefill_tile
+        self.max_prefill_tokens = max_prefill_tokens
         self._forward = make_forward(model, view, mesh.devices.flat[0].platform)
         head_of, self._weights = over_leaves(model)
         self.pool: Pool = allocate_pool(
@@ -114,10 +116,9 @@ class ModelRunner:
             dtype,
             named_sharding(mesh, ("pages", "page_rows", "lanes")),
         )
-        self._tile = prefill_tile
         self._table_width = -(-max_model_len // view.kv.page_size)
         self._adapters: dict[int, ResidentAdapter] = {}
-        self._steps = Buckets((max_num_seqs, max_tiles, 1 << 30))
+        self._steps = Buckets((max_num_seqs, max_prefill_tokens // prefill_tile, 1 << 30))
         self._samples = Buckets((1 << 30,))
         self._scores = Buckets((1 << 30,))
 
@@ -154,19 +155,19 @@ class ModelRunner:
 
     def run(self, output: SchedulerOutput, seeds: Sequence[int]) -> StepResult:
         """Run one step and wait for its tokens. ``seeds``: one per chunk that ends."""
-        need = needed_shape(output, self._adapters, self._tile)
+        need = needed_shape(output, self._adapters, self.prefill_tile)
         shape = StepShape(*self._steps.choose(dataclasses.astuple(need)))
         batch = pack_step(
             output,
             self._adapters,
             shape,
-            tile=self._tile,
+            tile=self.prefill_tile,
             page_size=self.view.kv.page_size,
             table_width=self._table_width,
             layout=self.view.adapters,
         )
         hidden, self.pool = self._forward(self.pool, batch)
-        rows = first_rows(output, shape, self._tile)
+        rows = first_rows(output, shape, self.prefill_tile)
         chunks = (*output.decode, *output.prefill)
         prompt_logprobs = self._score_prompts(hidden, chunks, rows)
         tokens, logprobs = self._sample_chunks(

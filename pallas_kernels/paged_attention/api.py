@@ -1,49 +1,61 @@
 """Paged attention and the write of K and V, over the pool that adapters share.
 
-Owns the signatures and the choice of implementation. A named implementation never falls back and
-unknown names are errors; one that cannot do what is asked declines with NotImplementedError.
-Refuses to know how any of them works.
+Owns the signatures. A named implementation never falls back and unknown names are errors; one that
+cannot do what is asked declines with NotImplementedError. Refuses to know how any of them works.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 
+from pallas_kernels.dispatch import implementation as implementation_of
 from pallas_kernels.layout import KVLayout
-from pallas_kernels.paged_attention import reference, xla
 from pallas_kernels.paged_attention.batch import AttentionBatch
 
-__all__ = ["IMPLEMENTATIONS", "AttentionBatch", "kv_write", "paged_attention"]
+__all__ = ["AttentionBatch", "AttentionPlan", "kv_write", "paged_attention", "prepare"]
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionPlan:
+    """What an implementation computes once a step and shares between layers."""
+
+    data: Any
+    """A pytree of the implementation's own."""
+
+    implementation: str = dataclasses.field(metadata={"static": True})
+    """Who made it, and alone can read it."""
+
+
+def prepare(
+    batch: AttentionBatch, layout: KVLayout, *, num_heads: int, implementation: str | None = None
+) -> AttentionPlan:
+    """The part of the work that all layers share: work lists, masks.
+
+    Called inside the compiled step. ``num_heads``: query heads. ``implementation=None`` is "xla".
+    """
+    name = implementation or "xla"
+    module = implementation_of("paged_attention", name)
+    return AttentionPlan(module.prepare(batch, layout, num_heads), name)
 
 
 def kv_write(
-    pool_layer: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    slots: jax.Array,
-    *,
-    layout: KVLayout,
-    implementation: str | None = None,
+    pool_layer: jax.Array, k: jax.Array, v: jax.Array, plan: AttentionPlan, *, layout: KVLayout
 ) -> jax.Array:
-    """``pool_layer`` [P, R, 128] with ``k`` and ``v`` [T, Hkv, Dh] at ``slots`` i32[T], in place
+    """``pool_layer`` [P, R, 128] with ``k`` and ``v`` [T, Hkv, Dh] at the batch's slots, in place
     where the pool is donated. Lanes past head_dim become zeros. Slots of page 0 may repeat, others
     not.
     """
-    return IMPLEMENTATIONS[_resolve(implementation)].kv_write(
-        pool_layer, k, v, slots, layout=layout
+    return implementation_of("paged_attention", plan.implementation).kv_write(
+        pool_layer, k, v, plan.data, layout=layout
     )
 
 
 def paged_attention(
-    q: jax.Array,
-    pool_layer: jax.Array,
-    batch: AttentionBatch,
-    *,
-    layout: KVLayout,
-    scale: float,
-    implementation: str | None = None,
+    q: jax.Array, pool_layer: jax.Array, plan: AttentionPlan, *, layout: KVLayout, scale: float
 ) -> jax.Array:
     """``q`` [T, Hq, Dh] → same: a token at position p attends to 0..p of its own sequence.
 
@@ -51,16 +63,6 @@ def paged_attention(
     Garbage (NaN) in unwritten slots and in pages that the row does not own reaches nothing. Query
     heads ``h * G .. h * G + G - 1`` share KV head h.
     """
-    return IMPLEMENTATIONS[_resolve(implementation)].paged_attention(
-        q, pool_layer, batch, layout=layout, scale=scale
+    return implementation_of("paged_attention", plan.implementation).paged_attention(
+        q, pool_layer, plan.data, layout=layout, scale=scale
     )
-
-
-def _resolve(implementation: str | None) -> str:
-    if implementation is None:
-        return "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"no implementation {implementation!r} of paged_attention: {', '.join(IMPLEMENTATIONS)}"
-        )
-    return implementation

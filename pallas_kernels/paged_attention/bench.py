@@ -102,12 +102,12 @@ def chain(
     implementation: str,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """All layers; K and V are made of q."""
-    options: dict[str, Any] = {"layout": model.layout, "implementation": implementation}
+    plan = api.prepare(batch, model.layout, num_heads=q.shape[1], implementation=implementation)
     written = []
     for layer in pool:
         k = q[:, : model.layout.num_kv_heads]
-        layer = api.kv_write(layer, k, -k, batch.slots, **options)
-        q = api.paged_attention(q, layer, batch, scale=0.1, **options)
+        layer = api.kv_write(layer, k, -k, plan, layout=model.layout)
+        q = api.paged_attention(q, layer, plan, layout=model.layout, scale=0.1)
         written.append(layer)
     return q, tuple(written)
 

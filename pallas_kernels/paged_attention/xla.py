@@ -20,10 +20,21 @@ FEW_QUERIES = 16
 from there on it pays to gather K and V apart."""
 
 
+def prepare(batch: AttentionBatch, layout: KVLayout, num_heads: int) -> AttentionBatch:
+    """See ``api.prepare``: nothing is worth sharing."""
+    return batch
+
+
 def kv_write(
-    pool_layer: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array, *, layout: KVLayout
+    pool_layer: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    batch: AttentionBatch,
+    *,
+    layout: KVLayout,
 ) -> jax.Array:
     """See ``api.kv_write``."""
+    slots = batch.slots
     padding = ((0, 0), (0, 0), (0, layout.padded_head_dim - layout.head_dim))
     k = jnp.pad(k, padding).astype(pool_layer.dtype)
     v = jnp.pad(v, padding).astype(pool_layer.dtype)

@@ -12,13 +12,11 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.dispatch import implementation as implementation_of
 from pallas_kernels.layout import AdapterLayout
-from pallas_kernels.paged_lora import reference, xla
 from pallas_kernels.paged_lora.batch import LoraBatch, lora_bucket_sizes
 
-__all__ = ["IMPLEMENTATIONS", "LoraBatch", "LoraPlan", "lora_bucket_sizes", "paged_lora", "prepare"]
-
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+__all__ = ["LoraBatch", "LoraPlan", "lora_bucket_sizes", "paged_lora", "prepare"]
 
 
 @jax.tree_util.register_dataclass
@@ -38,10 +36,10 @@ def prepare(
 ) -> LoraPlan:
     """The part of the work that all layers share: row indices, masks, order of tokens.
 
-    Called inside the compiled step. ``implementation=None`` takes the best for the default backend.
+    Called inside the compiled step. ``implementation=None`` is "xla".
     """
-    name = _resolve(implementation)
-    return LoraPlan(IMPLEMENTATIONS[name].prepare(batch, layout), name)
+    name = implementation or "xla"
+    return LoraPlan(implementation_of("paged_lora", name).prepare(batch, layout), name)
 
 
 def paged_lora(
@@ -53,27 +51,14 @@ def paged_lora(
     layer: int | jax.Array,
     group: tuple[str, ...],
     layout: AdapterLayout,
-    implementation: str | None = None,
 ) -> jax.Array:
     """``y`` plus each token's LoRA term of one group of targets; float32 inside, y's dtype outside.
 
     y: [T, outputs of the group's targets side by side]; x: [T, inputs]; pool_layer: [P, R, 128],
     this layer's pages. Rows of base tokens come back as they are. Garbage (NaN) in pages that no
     adapter of the batch owns, and in x of other tokens, reaches no row. ``layer`` picks the
-    scaling. ``implementation=None`` is the plan's; another than the plan's is a ValueError.
+    scaling. The plan's implementation computes it.
     """
-    if implementation is not None and _resolve(implementation) != plan.implementation:
-        raise ValueError(f"the plan is for {plan.implementation!r}, not for {implementation!r}")
-    return IMPLEMENTATIONS[plan.implementation].paged_lora(
+    return implementation_of("paged_lora", plan.implementation).paged_lora(
         y, x, pool_layer, plan.data, layer=layer, group=group, layout=layout
     )
-
-
-def _resolve(implementation: str | None) -> str:
-    if implementation is None:
-        return "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"no implementation {implementation!r} of paged_lora: {', '.join(IMPLEMENTATIONS)}"
-        )
-    return implementation

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.layout import GROUPS, AdapterLayout, KVLayout
-from pallas_kernels.paged_attention.api import AttentionBatch, kv_write, paged_attention
-from pallas_kernels.paged_lora.api import LoraPlan, paged_lora, prepare
+from pallas_kernels.paged_attention import api as attention_op
+from pallas_kernels.paged_attention.api import AttentionPlan, kv_write, paged_attention
+from pallas_kernels.paged_lora import api as lora_op
+from pallas_kernels.paged_lora.api import LoraPlan, paged_lora
 from slora_jax.batch import ForwardBatch
 from slora_jax.layers.embedding import Embedding
 from slora_jax.layers.linear import AddLora, LoRALinear, no_lora
@@ -72,8 +74,8 @@ class PoolView:
 
     kv: KVLayout
     adapters: AdapterLayout
-    kernels: str | None
-    """Implementation name of both ops; None takes the best for the backend."""
+    kernels: str
+    """Implementation of both ops (``pallas_kernels.dispatch``)."""
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +86,7 @@ class StepContext:
     angles: tuple[jax.Array, jax.Array]
     """Of RoPE: (cos, sin), each f32[T, 1, head_dim / 2]."""
 
-    attention: AttentionBatch
+    attention: AttentionPlan
 
     lora: LoraPlan | None
     """None where every token is the base model's."""
@@ -102,7 +104,6 @@ class StepContext:
             layer=layer,
             group=group,
             layout=view.adapters,
-            implementation=view.kernels,
         )
 
 
@@ -133,21 +134,13 @@ class Attention(nnx.Module):
         q = apply_rope(q.reshape(tokens, cfg.num_heads, cfg.head_dim), context.angles)
         k = apply_rope(k.reshape(tokens, cfg.num_kv_heads, cfg.head_dim), context.angles)
         v = v.reshape(tokens, cfg.num_kv_heads, cfg.head_dim)
-        pool = kv_write(
-            pool,
-            k,
-            v,
-            context.attention.slots,
-            layout=view.kv,
-            implementation=view.kernels,
-        )
+        pool = kv_write(pool, k, v, context.attention, layout=view.kv)
         attended = paged_attention(
             q,
             pool,
             context.attention,
             layout=view.kv,
             scale=cfg.head_dim**-0.5,
-            implementation=view.kernels,
         )
         return self.out(attended.reshape(tokens, q_size), pool, add_lora), pool
 
@@ -233,10 +226,12 @@ class Llama(nnx.Module):
         lora = batch.lora
         context = StepContext(
             angles=rope_angles(batch.attention.positions, frequencies),
-            attention=batch.attention,
+            attention=attention_op.prepare(
+                batch.attention, view.kv, num_heads=cfg.num_heads, implementation=view.kernels
+            ),
             lora=None
             if lora is None
-            else prepare(lora, view.adapters, implementation=view.kernels),
+            else lora_op.prepare(lora, view.adapters, implementation=view.kernels),
         )
         return self.embed_tokens(batch.token_ids), context
 

@@ -12,7 +12,7 @@ from pallas_kernels.paged_attention.batch import AttentionBatch
 from pallas_kernels.paged_lora import api as lora
 from pallas_kernels.paged_lora.batch import LoraBatch, lora_bucket_sizes
 
-IMPLEMENTATIONS = sorted({*attention.IMPLEMENTATIONS, *lora.IMPLEMENTATIONS} - {"reference"})
+IMPLEMENTATIONS = ("xla",)
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 4, 2, 64, 256
 
 
@@ -24,9 +24,9 @@ def layer(pool, x, tokens, adapters_of_step, *, kv, adapters, implementation):
     qkv = term(jax.numpy.tile(x, (1, 2)), x, pool, group=("q", "k", "v"))
     heads = qkv.reshape(len(x), HEADS + 2 * KV_HEADS, HEAD_DIM)
     q, k, v = jax.numpy.split(heads, [HEADS, HEADS + KV_HEADS], axis=1)
-    options = {"layout": kv, "implementation": implementation}
-    pool = attention.kv_write(pool, k, v, tokens.slots, **options)
-    attended = attention.paged_attention(q, pool, tokens, scale=0.1, **options)
+    rows = attention.prepare(tokens, kv, num_heads=HEADS, implementation=implementation)
+    pool = attention.kv_write(pool, k, v, rows, layout=kv)
+    attended = attention.paged_attention(q, pool, rows, layout=kv, scale=0.1)
     return pool, term(x, attended.reshape(len(x), HIDDEN), pool, group=("o",))
 
 

@@ -1,0 +1,70 @@
+"""Which implementation serves which device: the one table of names, and the automatic choice.
+
+Every op's folder has a module per name. The kernels are imported only when asked for, because they
+need parts of jax that not every supported version and platform has. Refuses to know how any works.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.layout import AdapterLayout, KVLayout
+
+MODULES = {"reference": "reference", "xla": "xla", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}
+"""Implementation name → module in each op's folder."""
+
+PREFILL_TILE = {"reference": 8, "xla": 8, "gpu": 128, "tpu": 128}
+"""Tokens a prefill tile that suit each implementation: kernels fill a matrix unit with them."""
+
+PLATFORMS = {"gpu": ("gpu", "cuda"), "tpu": ("tpu",)}
+"""Implementation with kernels → ``jax.Device.platform`` that they are for."""
+
+
+def implementation(op: str, name: str | None) -> ModuleType:
+    """The module of ``op`` ("paged_lora", "paged_attention"); None is "xla", which runs everywhere.
+
+    Raises ValueError for an unknown name, NotImplementedError where this jax cannot have it.
+    """
+    name = name or "xla"
+    if name not in MODULES:
+        raise ValueError(f"no implementation {name!r} of {op}: {', '.join(MODULES)}")
+    return importlib.import_module(f"pallas_kernels.{op}.{MODULES[name]}")
+
+
+def choose(
+    requested: str,
+    device: Any,
+    *,
+    dtype: Any,
+    num_heads: int,
+    kv: KVLayout,
+    adapters: AdapterLayout,
+) -> str:
+    """The name that serves a model on ``device``; "auto" takes its kernels where they can, else
+    XLA.
+
+    A named one never falls back: NotImplementedError says why it cannot serve.
+    """
+    named = requested != "auto"
+    kernels = (name for name, platforms in PLATFORMS.items() if device.platform in platforms)
+    name = requested if named else next(kernels, "xla")
+    if name not in MODULES:
+        raise ValueError(f"no implementation {name!r}: auto, {', '.join(MODULES)}")
+    if name in PLATFORMS and device.platform not in PLATFORMS[name]:
+        raise NotImplementedError(
+            f"the device is {device.device_kind}; 'auto' and 'xla' run everywhere"
+        )
+    try:
+        for op in ("paged_attention", "paged_lora"):
+            check = getattr(implementation(op, name), "check_support", None)
+            if check is not None:
+                check(device, dtype=jnp.dtype(dtype), num_heads=num_heads, kv=kv, adapters=adapters)
+    except NotImplementedError:
+        if named:
+            raise
+        return "xla"
+    return name
