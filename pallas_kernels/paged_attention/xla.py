@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from pallas_kernels.layout import LANES, KVLayout
 from pallas_kernels.paged_attention.batch import AttentionBatch
 
-CHUNK_TOKENS = 64
-"""Keys a trip of the loop."""
-
 FEW_QUERIES = 16
 """Below as many queries a KV head (decode), rows of K and V are gathered whole and met as they lie;
 from there on it pays to gather K and V apart."""
+
+CHUNK_TOKENS = 64
+"""Keys a trip of the loop."""
 
 
 def prepare(batch: AttentionBatch, layout: KVLayout, num_heads: int) -> AttentionBatch:
@@ -105,11 +105,7 @@ def _attend(
     head = jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :, None]
     few = q.shape[2] < FEW_QUERIES
     whole_rows = few and dim < LANES
-    # Scores are [S, Hkv, keys, M] for few queries, [S, Hkv, M, keys] for many.
-    keys = 2 if few else 3
-    per_key = (1, 1, -1, 1) if few else (1, 1, 1, -1)
-    per_query = (1, -1) if few else (-1, 1)
-    limit = jnp.repeat(positions, heads_per_kv, axis=1).reshape(num_seqs, 1, *per_query)
+    limit = jnp.repeat(positions, heads_per_kv, axis=1).reshape(num_seqs, 1, -1, 1)
     if whole_rows:
         q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, LANES - dim)))  # zeros meet V
 
@@ -143,26 +139,37 @@ def _attend(
         largest, total, acc = carry
         position = index * CHUNK_TOKENS + jnp.arange(CHUNK_TOKENS, dtype=jnp.int32)
         k, v = keys_and_values(position)
-        scores = dot(k, q, 3, 3) if few else dot(q, k, 3, 3)
-        scores = jnp.where(position.reshape(per_key) <= limit, scores * scale, -jnp.inf)
-        new_largest = jnp.maximum(largest, jnp.max(scores, axis=keys, keepdims=True))
-        weights = jnp.exp(scores - new_largest)
+        if few:
+            # A product with few columns is twice as fast as one with few rows; the barrier keeps
+            # XLA from turning one into the other to save the transposition.
+            scores = jax.lax.optimization_barrier(dot(k, q, 3, 3)).swapaxes(2, 3)
+        else:
+            scores = dot(q, k, 3, 3)  # [S, Hkv, M, chunk]
+        visible = position.reshape(1, 1, 1, -1) <= limit
+        scores = jnp.where(visible, scores * scale, -jnp.inf)
+        new_largest = jnp.maximum(largest, jnp.max(scores, axis=3, keepdims=True))
+        weights = jax.lax.optimization_barrier(jnp.exp(scores - new_largest))
         fade = jnp.exp(largest - new_largest)
-        total = total * fade + jnp.sum(weights, axis=keys, keepdims=True)
-        update = dot(weights.astype(v.dtype), v, keys, 2)  # [S, Hkv, M, lanes]
-        acc = acc * fade.reshape(*acc.shape[:3], 1) + update[..., update.shape[3] - dim :]
-        return new_largest, total, acc
+        total = total * fade + _sum_of_rows(weights)
+        update = dot(weights.astype(v.dtype), v, 3, 2)  # [S, Hkv, M, lanes]
+        return new_largest, total, acc * fade + update[..., update.shape[3] - dim :]
 
-    zeros = jnp.zeros((*q.shape[:3], 1), jnp.float32).reshape(*q.shape[:2], *per_query)
+    zeros = jnp.zeros((*q.shape[:3], 1), jnp.float32)
     acc = jnp.zeros((*q.shape[:3], dim), jnp.float32)
     trips = (jnp.max(positions) + CHUNK_TOKENS) // CHUNK_TOKENS
     # Padding rows see nothing: the least finite number, and no NaN of two infinities.
     largest = jnp.full_like(zeros, jnp.finfo(jnp.float32).min)
     _, total, acc = jax.lax.fori_loop(0, trips, add_chunk, (largest, zeros, acc))
-    total = total.reshape(*acc.shape[:3], 1)
     out = jnp.where(total > 0, acc / jnp.where(total > 0, total, 1.0), 0.0)
     out = out.reshape(num_seqs, num_kv_heads, num_queries, heads_per_kv, dim).swapaxes(1, 2)
     return out.reshape(num_seqs, num_queries, num_heads, dim)
+
+
+def _sum_of_rows(values: jax.Array) -> jax.Array:
+    """Over the last axis, which stays, as a product: a reduction is slower in XLA's CPU backend."""
+    ones = jnp.ones((values.shape[-1], 1), values.dtype)
+    total = jnp.dot(values.reshape(-1, values.shape[-1]), ones, precision=jax.lax.Precision.HIGHEST)
+    return total.reshape(*values.shape[:-1], 1)
 
 
 def _rows(pool_rows: jax.Array, rows: jax.Array) -> jax.Array:
