@@ -29,7 +29,11 @@ class ForwardBatch:
     """One step's tokens, flat and ragged: D decode rows, then prefill tiles of one request each."""
 
     token_ids: Array
-    """i32[T]; anything valid (0) on padding."""
+    """i32[T]; anything valid (0) on padding, and where ``sampled_row`` has the token."""
+
+    sampled_row: Array
+    """i32[D]: where among the tokens that the step before sampled a decode row's token is, which
+    the host has not read yet; -1 where ``token_ids`` has it."""
 
     attention: AttentionBatch
     """Where each token's K and V go, and which pages each row attends to."""

@@ -24,7 +24,7 @@ from slora_jax.errors import (
     EngineClosedError,
     InvalidRequestError,
 )
-from slora_jax.model_runner import ModelRunner, ScoredToken, StepResult
+from slora_jax.model_runner import LaunchedStep, ModelRunner, ScoredToken, StepResult
 from slora_jax.models.llama import PoolView
 from slora_jax.outputs import (
     CompletionOutput,
@@ -85,7 +85,8 @@ class Engine:
     """Serves many adapters of one base model over one page pool.
 
     Not thread-safe. After an error that names a request or an adapter it goes on serving; after an
-    error of the device step it is closed, since the pool was donated to that step.
+    error of the device step it is closed, since the pool was donated to that step. At most one step
+    is under way whose tokens have not been read.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Engine:
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)
         self._num_steps = 0
+        self._launched: LaunchedStep | None = None
         self._closed_because: str | None = None
         self._is_stepping = False
         self._abort_after_step: list[Generation] = []
@@ -253,15 +255,24 @@ class Engine:
     # -- the serving loop -------------------------------------------------------------------------
 
     def step(self) -> list[Generation]:
-        """One step: schedule, swap in, run, postprocess. Returns the generations it touched."""
+        """Launch the next step, then read the one before it. Returns the generations it touched.
+
+        So the device computes while the host reads, decides and packs; the device passes next
+        tokens on by itself. A request's end is seen one step late, and what that step computed for
+        it is dropped.
+        """
         self.check_open()
         self._is_stepping = True
         try:
             output = self.scheduler.schedule()
             self._swap_in(output)
-            result = self._run(output)
+            launched = self._launch(output)
             self.scheduler.update(output)
-            return self._postprocess(output, result)
+            previous, self._launched = self._launched, launched
+            touched = self._end_failed(output)
+            if previous is not None:
+                touched += self._postprocess(previous.read())
+            return touched
         except BaseException as error:
             # The pool was donated to the call that failed: nothing in it can be relied on.
             self._closed_because = f"a device step failed: {error!r}"
@@ -277,23 +288,30 @@ class Engine:
         for swap in output.swap_ins:
             self._runner.swap_in(swap)
 
-    def _run(self, output: SchedulerOutput) -> StepResult:
+    def _launch(self, output: SchedulerOutput) -> LaunchedStep | None:
         if output.is_empty:
-            return StepResult({}, {}, {})
+            return None
         ending = [chunk.request for chunk in (*output.decode, *output.prefill) if chunk.is_last]
         seeds = [self._running[request.request_id][1].seed for request in ending]
         self._num_steps += 1
-        return self._runner.run(output, seeds)
+        return self._runner.launch(output, seeds)
 
-    def _postprocess(self, output: SchedulerOutput, result: StepResult) -> list[Generation]:
-        touched: dict[str, Generation] = {}
+    def _end_failed(self, output: SchedulerOutput) -> list[Generation]:
+        touched = []
         for request in output.failed:
             generation, completion = self._running.pop(request.request_id)
             completion.detokenizer.finish()
-            touched[generation.request_id] = generation
+            touched.append(generation)
+        return touched
+
+    def _postprocess(self, result: StepResult) -> list[Generation]:
+        touched: dict[str, Generation] = {}
         for request_id, scored in result.prompt_logprobs.items():
-            self._running[request_id][0].prompt_logprobs.update(scored)
+            if request_id in self._running:
+                self._running[request_id][0].prompt_logprobs.update(scored)
         for request_id, token_id in result.tokens.items():
+            if request_id not in self._running:
+                continue  # it ended after this step had been launched
             generation, completion = self._running[request_id]
             touched[generation.request_id] = generation
             if request_id in result.logprobs:

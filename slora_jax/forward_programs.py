@@ -8,6 +8,7 @@ half a minute, for 30 calls of about 0.1 ms in a step of 50 ms and more. Refuses
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +19,7 @@ from flax import nnx
 from slora_jax.batch import ForwardBatch
 from slora_jax.models.llama import Llama, PoolView, StepContext
 from slora_jax.page_pool import Pool
+from slora_jax.transfer import Packed, unpack
 
 Weights = tuple[jax.Array, ...]
 """A module's parameters in a fixed order: what a jitted call flattens fastest."""
@@ -29,8 +31,10 @@ M = TypeVar("M", bound=nnx.Module)
 class Forward(Protocol):
     """Tokens → hidden states; the pool is donated and comes back."""
 
-    def __call__(self, pool: Pool, batch: ForwardBatch) -> tuple[jax.Array, Pool]:
-        """(hidden [T, hidden], pool)."""
+    def __call__(self, pool: Pool, sampled: jax.Array, batch: Packed) -> tuple[jax.Array, Pool]:
+        """(hidden [T, hidden], pool). ``sampled`` i32[any]: the tokens of the step before;
+        ``batch`` is a packed ForwardBatch.
+        """
         ...
 
     def num_compiles(self) -> int:
@@ -49,14 +53,16 @@ class WholeForward:
     def __init__(self, model: Llama, view: PoolView):
         call, self._weights = over_leaves(model)
 
-        def forward(weights: Weights, pool: Pool, batch: ForwardBatch) -> tuple[jax.Array, Pool]:
-            return call(weights)(batch, pool, view)
+        def forward(
+            weights: Weights, pool: Pool, sampled: jax.Array, batch: Packed
+        ) -> tuple[jax.Array, Pool]:
+            return call(weights)(_receive(batch, sampled), pool, view)
 
         self._program = jax.jit(forward, donate_argnums=1)
 
-    def __call__(self, pool: Pool, batch: ForwardBatch) -> tuple[jax.Array, Pool]:
+    def __call__(self, pool: Pool, sampled: jax.Array, batch: Packed) -> tuple[jax.Array, Pool]:
         """See ``Forward``."""
-        return self._program(self._weights, pool, batch)
+        return self._program(self._weights, pool, sampled, batch)
 
     def num_compiles(self) -> int:
         """See ``Forward``."""
@@ -74,8 +80,10 @@ class LayeredForward:
         self._layer_weights = [weights for _, weights in layers]
         self._layer_indices = [jnp.int32(index) for index in range(len(layers))]
 
-        def begin(weights: Weights, batch: ForwardBatch) -> tuple[jax.Array, StepContext]:
-            return call(weights).begin(batch, view)
+        def begin(
+            weights: Weights, sampled: jax.Array, batch: Packed
+        ) -> tuple[jax.Array, StepContext]:
+            return call(weights).begin(_receive(batch, sampled), view)
 
         def block(
             weights: Weights,
@@ -92,9 +100,9 @@ class LayeredForward:
         self._begin, self._end = jax.jit(begin), jax.jit(end)
         self._block = jax.jit(block, donate_argnums=(1, 2))
 
-    def __call__(self, pool: Pool, batch: ForwardBatch) -> tuple[jax.Array, Pool]:
+    def __call__(self, pool: Pool, sampled: jax.Array, batch: Packed) -> tuple[jax.Array, Pool]:
         """See ``Forward``."""
-        x, context = self._begin(self._outer_weights, batch)
+        x, context = self._begin(self._outer_weights, sampled, batch)
         new_pool = []
         for weights, layer_pool, layer in zip(
             self._layer_weights, pool, self._layer_indices, strict=True
@@ -106,6 +114,16 @@ class LayeredForward:
     def num_compiles(self) -> int:
         """See ``Forward``."""
         return count_compiles(self._begin, self._block, self._end)
+
+
+def _receive(packed: Packed, sampled: jax.Array) -> ForwardBatch:
+    """The batch, with the tokens that never left the device in their places."""
+    batch: ForwardBatch = unpack(packed)
+    row, num_decode = batch.sampled_row, batch.attention.num_decode
+    fed = jnp.where(row >= 0, sampled[jnp.maximum(row, 0)], batch.token_ids[:num_decode])
+    return dataclasses.replace(
+        batch, token_ids=jnp.concatenate([fed, batch.token_ids[num_decode:]])
+    )
 
 
 def over_leaves(module: M) -> tuple[Callable[[Weights], M], Weights]:

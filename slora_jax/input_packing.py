@@ -96,6 +96,7 @@ def pack_step(
     output: SchedulerOutput,
     adapters: Mapping[int, ResidentAdapter],
     shape: StepShape,
+    sampled_rows: Mapping[str, int],
     *,
     tile: int,
     page_size: int,
@@ -104,6 +105,7 @@ def pack_step(
 ) -> ForwardBatch:
     """Fill a step's arrays; everything beyond the real tokens points at the null page.
 
+    ``sampled_rows``: request id → row among the tokens that the step before samples.
     ``table_width`` is the most pages one request can have.
     """
     num_tokens = shape.decode + shape.tiles * tile
@@ -111,6 +113,7 @@ def pack_step(
     slots = np.zeros(num_tokens, np.int32)
     positions = np.full(num_tokens, -1, np.int32)
     adapter_index = np.zeros(num_tokens, np.int32)
+    sampled_row = np.full(shape.decode, -1, np.int32)
     page_table = np.zeros((shape.decode + shape.tiles, table_width), np.int32)
     index_of_version = {0: 0}
     rows = first_rows(output, shape, tile)
@@ -119,7 +122,11 @@ def pack_step(
         here = slice(row, row + chunk.num_tokens)
         where = np.arange(chunk.start, chunk.start + chunk.num_tokens, dtype=np.int32)
         pages = np.asarray(request.pages, np.int32)
-        token_ids[here] = request.tokens_between(chunk.start, chunk.start + chunk.num_tokens)
+        if chunk.start == request.num_tokens:  # the one token that is still in flight
+            assert chunk.num_tokens == request.num_tokens_in_flight == 1
+            sampled_row[row] = sampled_rows[request.request_id]
+        else:
+            token_ids[here] = request.tokens_between(chunk.start, chunk.start + chunk.num_tokens)
         positions[here] = where
         slots[here] = pages[where // page_size] * page_size + where % page_size
         adapter_index[here] = index_of_version.setdefault(
@@ -144,7 +151,9 @@ def pack_step(
         if shape.rank
         else None
     )
-    return ForwardBatch(token_ids=token_ids, attention=attention, lora=lora)
+    return ForwardBatch(
+        token_ids=token_ids, sampled_row=sampled_row, attention=attention, lora=lora
+    )
 
 
 def _pack_lora(
@@ -187,10 +196,16 @@ def last_rows(chunks: Sequence[Chunk], rows: Mapping[str, int], size: int) -> np
     return result
 
 
-def pack_sampling(requests: Sequence[Request], size: int, seeds: Sequence[int]) -> SamplingBatch:
+def pack_sampling(
+    requests: Sequence[Request],
+    size: int,
+    seeds: Sequence[int],
+    sampled_rows: Mapping[str, int],
+) -> SamplingBatch:
     """How to draw the next token of each request, padded to ``size`` greedy rows.
 
-    A part that no request needs is None, which compiles to nothing. ``seeds``: one per request.
+    A part that no request needs is None, which compiles to nothing. ``seeds``: one per request;
+    ``sampled_rows`` as for ``pack_step``.
     """
     params = [request.sampling_params for request in requests]
 
@@ -209,7 +224,7 @@ def pack_sampling(requests: Sequence[Request], size: int, seeds: Sequence[int]) 
         position = np.zeros(size, np.int32)
         for k, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
             words[k] = split_seed(seed)
-            position[k] = request.num_tokens
+            position[k] = request.num_tokens_with_in_flight
         randomness = Randomness(temperature=temperature, seed=words, position=position)
         if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
             truncation = Truncation(
@@ -219,7 +234,7 @@ def pack_sampling(requests: Sequence[Request], size: int, seeds: Sequence[int]) 
             )
     if any(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty for p in params):
         penalties = Penalties(
-            history=_padded([[*r.prompt_token_ids, *r.output_token_ids] for r in requests], size),
+            history=_padded([_history(r, sampled_rows) for r in requests], size),
             prompt_len=np.asarray(
                 [len(r.prompt_token_ids) for r in requests] + [0] * (size - len(requests)), np.int32
             ),
@@ -236,6 +251,14 @@ def pack_sampling(requests: Sequence[Request], size: int, seeds: Sequence[int]) 
         penalties=penalties,
         banned=_padded(banned, size, smallest=8) if any(banned) else None,
     )
+
+
+def _history(request: Request, sampled_rows: Mapping[str, int]) -> list[int]:
+    """All tokens of a request; one in flight as ``Penalties.history`` says it."""
+    known = [*request.prompt_token_ids, *request.output_token_ids]
+    if not request.num_tokens_in_flight:
+        return known
+    return [*known, -2 - sampled_rows[request.request_id]]
 
 
 def _padded(rows: Sequence[Sequence[int]], size: int, smallest: int = MIN_HISTORY) -> np.ndarray:

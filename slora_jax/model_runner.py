@@ -7,6 +7,9 @@ was chosen and what becomes of its tokens.
 Two parts make a step: *forward* (tokens → hidden states; the pool is donated) and *sample* (the
 rows that end a chunk → next tokens). They are separate so that the many ways to sample multiply
 only the small one's compilations.
+
+``launch`` returns while the device computes. The next step may be launched before this one's tokens
+are read: they stay on the device, and that step takes them from there.
 """
 
 from __future__ import annotations
@@ -32,9 +35,10 @@ from slora_jax.input_packing import (
 from slora_jax.models.llama import Llama, PoolView
 from slora_jax.page_pool import Pool, allocate_pool, swap_in
 from slora_jax.request import Request
-from slora_jax.sampling import SamplingBatch, TokenLogprobs, sample, token_logprobs
+from slora_jax.sampling import TokenLogprobs, sample, token_logprobs, with_sampled
 from slora_jax.scheduler import Chunk, SchedulerOutput
 from slora_jax.sharding import named_sharding
+from slora_jax.transfer import Packed, pack, unpack
 
 BUCKET_SLACK = 4
 """A compiled size up to this many times the needed one is used before a new one is compiled."""
@@ -60,6 +64,49 @@ class StepResult:
     """For the requests that asked for ``logprobs``."""
     prompt_logprobs: dict[str, list[tuple[int, ScoredToken]]]
     """(position, prompt token there) for the requests that asked for ``prompt_logprobs``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchedStep:
+    """A step on the device; ``read`` waits for it."""
+
+    output: SchedulerOutput
+    sampled: jax.Array
+    """i32[most requests at once]: next tokens, first those of ``ending`` in order."""
+    ending: tuple[Request, ...]
+    """The requests that get a token."""
+    scores: TokenLogprobs | None
+    """Of the sampled tokens, where anyone asked."""
+    prompt_scores: tuple[list[tuple[Request, int, int]], TokenLogprobs] | None
+    """(request, position, token there) of each row of the scores."""
+
+    def start_reading(self) -> None:
+        """Begin to copy the results to the host, without waiting."""
+        for array in jax.tree.leaves((self.sampled, self.scores, self.prompt_scores)):
+            if isinstance(array, jax.Array):
+                array.copy_to_host_async()
+
+    def read(self) -> StepResult:
+        """Wait for the results."""
+        ids = np.asarray(self.sampled)
+        tokens = {r.request_id: int(ids[k]) for k, r in enumerate(self.ending)}
+        logprobs: dict[str, ScoredToken] = {}
+        if self.scores is not None:
+            asked = [_num_top(request.sampling_params.logprobs) for request in self.ending]
+            scored = _to_scored(ids, self.scores, asked)
+            for request, token, top in zip(self.ending, scored, asked, strict=True):
+                if top >= 0:
+                    logprobs[request.request_id] = token
+        prompt_logprobs: dict[str, list[tuple[int, ScoredToken]]] = {}
+        if self.prompt_scores is not None:
+            wanted, scores = self.prompt_scores
+            targets = np.array([token for _, _, token in wanted], np.int32)
+            asked = [_num_top(r.sampling_params.prompt_logprobs) for r, _, _ in wanted]
+            for (request, position, _), token in zip(
+                wanted, _to_scored(targets, scores, asked), strict=True
+            ):
+                prompt_logprobs.setdefault(request.request_id, []).append((position, token))
+        return StepResult(tokens, logprobs, prompt_logprobs)
 
 
 class Buckets:
@@ -119,19 +166,24 @@ class ModelRunner:
         self._table_width = -(-max_model_len // view.kv.page_size)
         self._adapters: dict[int, ResidentAdapter] = {}
         self._steps = Buckets((max_num_seqs, max_prefill_tokens // prefill_tile, 1 << 30))
-        self._samples = Buckets((1 << 30,))
+        self._samples = Buckets((max_num_seqs,))
         self._scores = Buckets((1 << 30,))
+        self._sampled = jnp.zeros(max_num_seqs, jnp.int32)
+        self._sampled_rows: dict[str, int] = {}  # request id → row of `_sampled`
 
         def sample_rows(
-            weights: Weights, hidden: jax.Array, rows: jax.Array, how: SamplingBatch, num_top: int
+            weights: Weights, hidden: jax.Array, sampled: jax.Array, packed: Packed, num_top: int
         ) -> tuple[jax.Array, TokenLogprobs | None]:
+            rows, how = unpack(packed)
             logits = head_of(weights).logits(hidden[rows])
-            tokens = sample(logits, how)
-            return tokens, token_logprobs(logits, tokens, num_top) if num_top >= 0 else None
+            tokens = sample(logits, with_sampled(how, sampled))
+            scores = token_logprobs(logits, tokens, num_top) if num_top >= 0 else None
+            return jnp.pad(tokens, (0, max_num_seqs - len(tokens))), scores
 
         def score_rows(
-            weights: Weights, hidden: jax.Array, rows: jax.Array, tokens: jax.Array, num_top: int
+            weights: Weights, hidden: jax.Array, packed: Packed, num_top: int
         ) -> TokenLogprobs:
+            rows, tokens = unpack(packed)
             return token_logprobs(head_of(weights).logits(hidden[rows]), tokens, num_top)
 
         self._sample = jax.jit(sample_rows, static_argnames="num_top")
@@ -153,27 +205,38 @@ class ModelRunner:
         """The adapter has left the pool."""
         self._adapters.pop(version, None)
 
-    def run(self, output: SchedulerOutput, seeds: Sequence[int]) -> StepResult:
-        """Run one step and wait for its tokens. ``seeds``: one per chunk that ends."""
+    def launch(self, output: SchedulerOutput, seeds: Sequence[int]) -> LaunchedStep:
+        """Start one step. ``seeds``: one per chunk that ends.
+
+        Tokens in flight may be those of the step launched before, and no older ones.
+        """
         need = needed_shape(output, self._adapters, self.prefill_tile)
         shape = StepShape(*self._steps.choose(dataclasses.astuple(need)))
         batch = pack_step(
             output,
             self._adapters,
             shape,
+            self._sampled_rows,
             tile=self.prefill_tile,
             page_size=self.view.kv.page_size,
             table_width=self._table_width,
             layout=self.view.adapters,
         )
-        hidden, self.pool = self._forward(self.pool, batch)
+        hidden, self.pool = self._forward(self.pool, self._sampled, pack(batch))
         rows = first_rows(output, shape, self.prefill_tile)
         chunks = (*output.decode, *output.prefill)
-        prompt_logprobs = self._score_prompts(hidden, chunks, rows)
-        tokens, logprobs = self._sample_chunks(
-            hidden, [chunk for chunk in chunks if chunk.is_last], rows, seeds
+        prompt_scores = self._score_prompts(hidden, chunks, rows)
+        ending = [chunk for chunk in chunks if chunk.is_last]
+        scores = self._sample_chunks(hidden, ending, rows, seeds)
+        launched = LaunchedStep(
+            output,
+            self._sampled,
+            tuple(chunk.request for chunk in ending),
+            scores,
+            prompt_scores,
         )
-        return StepResult(tokens, logprobs, prompt_logprobs)
+        launched.start_reading()
+        return launched
 
     def _sample_chunks(
         self,
@@ -181,66 +244,56 @@ class ModelRunner:
         chunks: Sequence[Chunk],
         rows: dict[str, int],
         seeds: Sequence[int],
-    ) -> tuple[dict[str, int], dict[str, ScoredToken]]:
-        if not chunks:
-            return {}, {}
+    ) -> TokenLogprobs | None:
+        """Leaves the tokens in ``_sampled``, in the order of the chunks."""
         requests = [chunk.request for chunk in chunks]
-        (size,) = self._samples.choose((len(chunks),))
-        asked = [_num_top(request.sampling_params.logprobs) for request in requests]
-        tokens, scores = self._sample(
+        if not requests:
+            self._sampled_rows = {}
+            return None
+        (size,) = self._samples.choose((len(requests),))
+        how = pack_sampling(requests, size, seeds, self._sampled_rows)
+        asked = max(_num_top(request.sampling_params.logprobs) for request in requests)
+        self._sampled, scores = self._sample(
             self._weights,
             hidden,
-            last_rows(chunks, rows, size),
-            pack_sampling(requests, size, seeds),
-            num_top=_bucket_top(max(asked)),
+            self._sampled,
+            pack((last_rows(chunks, rows, size), how)),
+            num_top=_bucket_top(asked),
         )
-        ids = np.asarray(tokens).tolist()
-        by_request = {r.request_id: ids[k] for k, r in enumerate(requests)}
-        if scores is None:
-            return by_request, {}
-        scored = _to_scored(np.asarray(tokens), scores, asked)
-        return by_request, {
-            request.request_id: token
-            for request, token, top in zip(requests, scored, asked, strict=False)
-            if top >= 0
-        }
+        self._sampled_rows = {r.request_id: row for row, r in enumerate(requests)}
+        return scores
 
     def _score_prompts(
         self, hidden: jax.Array, chunks: Sequence[Chunk], rows: dict[str, int]
-    ) -> dict[str, list[tuple[int, ScoredToken]]]:
+    ) -> tuple[list[tuple[Request, int, int]], TokenLogprobs] | None:
         """Each computed prompt position scores the prompt token that follows it."""
-        wanted: list[
-            tuple[Request, int, int]
-        ] = []  # request, flat row, position of the scored token
+        wanted: list[tuple[Request, int, int]] = []  # request, position of the token, the token
+        row_of: list[int] = []
         for chunk in chunks:
-            request = chunk.request
+            request, prompt = chunk.request, chunk.request.prompt_token_ids
             if request.sampling_params.prompt_logprobs is None:
                 continue
             first = rows[request.request_id]
-            last = min(chunk.start + chunk.num_tokens, len(request.prompt_token_ids) - 1)
-            wanted += [
-                (request, first + position - chunk.start, position + 1)
-                for position in range(chunk.start, last)
-            ]
+            for position in range(
+                chunk.start, min(chunk.start + chunk.num_tokens, len(prompt) - 1)
+            ):
+                row_of.append(first + position - chunk.start)
+                wanted.append((request, position + 1, prompt[position + 1]))
         if not wanted:
-            return {}
+            return None
         (size,) = self._scores.choose((len(wanted),))
         row_ids, targets = np.zeros((2, size), np.int32)
-        row_ids[: len(wanted)] = [row for _, row, _ in wanted]
-        targets[: len(wanted)] = [r.prompt_token_ids[position] for r, _, position in wanted]
-        asked = [_num_top(request.sampling_params.prompt_logprobs) for request, _, _ in wanted]
+        row_ids[: len(wanted)] = row_of
+        targets[: len(wanted)] = [token for _, _, token in wanted]
+        asked = max(_num_top(request.sampling_params.prompt_logprobs) for request, _, _ in wanted)
         scores = self._score(
-            self._weights, hidden, row_ids, targets, num_top=_bucket_top(max(asked))
+            self._weights, hidden, pack((row_ids, targets)), num_top=_bucket_top(asked)
         )
-        result: dict[str, list[tuple[int, ScoredToken]]] = {}
-        scored = _to_scored(targets, scores, asked)
-        for (request, _, position), token in zip(wanted, scored, strict=False):
-            result.setdefault(request.request_id, []).append((position, token))
-        return result
+        return wanted, scores
 
     def close(self) -> None:
         """Give the device memory back."""
-        for array in jax.tree.leaves((self._weights, self.pool)):
+        for array in jax.tree.leaves((self._weights, self.pool, self._sampled)):
             array.delete()
         self._adapters.clear()
 

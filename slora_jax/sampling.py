@@ -75,7 +75,8 @@ class Penalties:
     """What repetition costs."""
 
     history: Array
-    """i32[K, H]: ids of the prompt, then of the output so far, then -1."""
+    """i32[K, H]: ids of the prompt, then of the output so far, then -1. -2 - r stands for row r of
+    the tokens that the step before sampled (``with_sampled``)."""
 
     prompt_len: Array
     """i32[K]: how many of them are the prompt's."""
@@ -194,6 +195,16 @@ def penalise(logits: jax.Array, penalties: Penalties) -> jax.Array:
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(seen, repeated, logits)
     return logits - frequency * counts.astype(jnp.float32) - jnp.where(counts > 0, presence, 0)
+
+
+def with_sampled(batch: SamplingBatch, sampled: jax.Array) -> SamplingBatch:
+    """``batch`` with the values of tokens that the host has not read: ``sampled`` i32[any]."""
+    if batch.penalties is None:
+        return batch
+    history = jnp.asarray(batch.penalties.history)
+    known = jnp.where(history < -1, sampled[jnp.maximum(-2 - history, 0)], history)
+    penalties = dataclasses.replace(batch.penalties, history=known)
+    return dataclasses.replace(batch, penalties=penalties)
 
 
 def _ban(logits: jax.Array, banned: jax.Array) -> jax.Array:

@@ -22,7 +22,9 @@ from slora_jax import LLM
 from slora_jax.config import EngineConfig
 from slora_jax.engine import Engine
 from slora_jax.input_packing import StepShape, first_rows
+from slora_jax.model_runner import LaunchedStep
 from slora_jax.page_allocator import NULL_PAGE
+from slora_jax.transfer import unpack
 from tests.oracle import DenseLlama
 
 
@@ -120,19 +122,19 @@ Logits = dict[str, dict[int, np.ndarray]]
 def recorded_logits(llm: LLM) -> Iterator[Logits]:
     """The full logits of every token that the engine computes, prompt and output, as it serves."""
     runner, model = llm._engine._runner, llm._loaded.model
-    forward, run = runner._forward, runner.run
+    forward, launch = runner._forward, runner.launch
     recorded: Logits = {}
     steps: list[tuple[Any, jax.Array]] = []
 
-    def recording_forward(pool, batch):
-        hidden, pool = forward(pool, batch)
-        steps.append((batch, hidden))
+    def recording_forward(pool, sampled, packed):
+        hidden, pool = forward(pool, sampled, packed)
+        steps.append((unpack(packed), hidden))
         return hidden, pool
 
     recording_forward.num_compiles = forward.num_compiles
 
-    def recording_run(output, seeds):
-        result = run(output, seeds)
+    def recording_launch(output, seeds):
+        launched = launch(output, seeds)
         batch, hidden = steps.pop()
         logits = np.asarray(model.logits(hidden))
         shape = StepShape(decode=batch.attention.num_decode, tiles=0, rank=0)
@@ -142,14 +144,14 @@ def recorded_logits(llm: LLM) -> Iterator[Logits]:
             here = logits[first : first + chunk.num_tokens]
             known = recorded.setdefault(chunk.request.request_id, {})
             known.update(enumerate(here, start=chunk.start))
-        return result
+        return launched
 
-    runner._forward, runner.run = recording_forward, recording_run
+    runner._forward, runner.launch = recording_forward, recording_launch
     try:
         yield recorded
     finally:
         runner._forward = forward
-        del runner.run
+        del runner.launch
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -164,7 +166,7 @@ def poisoned_pages(llm: LLM) -> Iterator[None]:
     A page is poisoned while it is free, so a new owner finds NaN wherever it has not written.
     """
     engine, runner = llm._engine, llm._engine._runner
-    step, run = engine.step, runner.run
+    step, launch = engine.step, runner.launch
 
     def poison() -> None:
         is_poisoned = np.ones(len(runner.pool[0]), bool)
@@ -177,36 +179,41 @@ def poisoned_pages(llm: LLM) -> Iterator[None]:
         poison()
         return step()
 
-    def poisoning_run(output, seeds):
+    def poisoning_launch(output, seeds):
         poison()  # a swap-in has just written zeros to the null page
-        return run(output, seeds)
+        return launch(output, seeds)
 
-    engine.step, runner.run = poisoning_step, poisoning_run
+    engine.step, runner.launch = poisoning_step, poisoning_launch
     try:
         yield
     finally:
-        del engine.step, runner.run
+        del engine.step, runner.launch
 
 
 @contextlib.contextmanager
 def scripted_tokens(llm: LLM, tokens: Sequence[int]) -> Iterator[None]:
     """Every request generates ``tokens``, whatever the model says."""
     runner = llm._engine._runner
-    run = runner.run
+    launch = runner.launch
 
-    def scripted_run(output, seeds):
-        result = run(output, seeds)
-        for chunk in (*output.decode, *output.prefill):
-            if chunk.is_last:
-                request = chunk.request
-                result.tokens[request.request_id] = tokens[len(request.output_token_ids)]
-        return result
+    def scripted_launch(output, seeds):
+        launched = launch(output, seeds)
 
-    runner.run = scripted_run
+        def read():
+            result = LaunchedStep.read(launched)
+            for request in launched.ending:
+                if not request.is_finished:
+                    result.tokens[request.request_id] = tokens[len(request.output_token_ids)]
+            return result
+
+        object.__setattr__(launched, "read", read)
+        return launched
+
+    runner.launch = scripted_launch
     try:
         yield
     finally:
-        del runner.run
+        del runner.launch
 
 
 def assert_only_idle_adapters_left(llm: LLM) -> None:

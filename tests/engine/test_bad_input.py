@@ -868,12 +868,12 @@ def test_generate_within_a_stream(llm: LLM, served: Served):
 def test_a_stream_collected_within_a_step(llm: LLM, served: Served, monkeypatch):
     """A lost generator may be collected at any allocation, so in the midst of another's step."""
     runner = llm._engine._runner
-    run = runner.run
+    launch = runner.launch
 
-    def run_and_collect(output, seeds):
-        result = run(output, seeds)
+    def launch_and_collect(output, seeds):
+        launched = launch(output, seeds)
         gc.collect()
-        return result
+        return launched
 
     cycle: list[Any] = [llm.stream("a", None, greedy(20))]
     cycle.append(cycle)
@@ -882,7 +882,7 @@ def test_a_stream_collected_within_a_step(llm: LLM, served: Served, monkeypatch)
     try:
         del cycle
         assert llm.stats().requests_running == 1
-        monkeypatch.setattr(runner, "run", run_and_collect)
+        monkeypatch.setattr(runner, "launch", launch_and_collect)
         assert answer(llm) == served.answer
     finally:
         gc.enable()
@@ -967,7 +967,7 @@ def test_a_step_that_fails_closes_the_engine_with_the_cause(scratch: LLM, monkey
 
     stream = scratch.stream("a", "good", greedy(9))
     next(stream)
-    monkeypatch.setattr(scratch._engine._runner, "run", fail)
+    monkeypatch.setattr(scratch._engine._runner, "launch", fail)
     with pytest.raises(RuntimeError, match="the device is on fire"):
         scratch.generate(["b", "c"], "good")
     calls: list[Callable[[], object]] = [
@@ -987,7 +987,7 @@ def test_a_failed_llm_can_be_closed(served: Served, monkeypatch):
     with LLM(served.model.directory, progress=False, **OPTIONS) as llm:
         runner = llm._engine._runner
 
-        def fail(pool, batch):
+        def fail(pool, sampled, batch):
             for array in pool:
                 array.delete()  # it was donated
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
@@ -1009,19 +1009,19 @@ needs_signals = pytest.mark.skipif(
 def interrupts_in_step(llm: LLM, count: int) -> Iterator[None]:
     """Ctrl-C, ``count`` times, in the midst of the third step from now."""
     runner = llm._engine._runner
-    run, steps = runner.run, iter(range(10**6))
+    launch, steps = runner.launch, iter(range(10**6))
 
-    def run_interrupted(output, seeds):
+    def launch_interrupted(output, seeds):
         if next(steps) == 2:
             for _ in range(count):
                 signal.raise_signal(signal.SIGINT)
-        return run(output, seeds)
+        return launch(output, seeds)
 
-    runner.run = run_interrupted
+    runner.launch = launch_interrupted
     try:
         yield
     finally:
-        del runner.run
+        del runner.launch
 
 
 @needs_signals
