@@ -169,6 +169,14 @@ class Tokenizer:
         return self._compiled[name]
 
 
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer whose ids 0 to 255 are one byte each, for models of random weights; any other id
+    is no text.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return Tokenizer(build_byte_level_bpe(alphabet, []), source="one token a byte")
+
+
 def build_byte_level_bpe(
     tokens: Sequence[str],
     merges: Sequence[tuple[str, str]],

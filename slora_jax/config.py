@@ -23,6 +23,9 @@ class EngineConfig:
     """Of weights, activations, KV and adapters. ``auto``: bfloat16 on TPU and on GPUs that have it,
     float16 on older GPUs, float32 on CPU. Changing this recompiles."""
 
+    load: Literal["auto", "dummy"] = "auto"
+    """``dummy`` makes random weights instead of reading any: for benchmarks."""
+
     kernels: Kernels = "auto"
     """``auto`` takes the best for the device and ends at plain XLA; a named one never falls
     back."""
@@ -83,6 +86,7 @@ class EngineConfig:
         if self.prefill_tile is not None:
             self.prefill_sizes(self.prefill_tile)
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _check_choice("load", self.load, ("auto", "dummy"))
         _check_choice("kernels", self.kernels, ("auto", "gpu", "tpu", "xla", "reference"))
         fraction = self.memory_fraction
         is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)

@@ -64,7 +64,9 @@ class LLM:
 
     Args:
         model: a directory (Hugging Face or Orbax form, or a GGUF file), a Hugging Face hub id, or
-            the demo alias ``"smollm2-135m-instruct"``.
+            the demo alias ``"smollm2-135m-instruct"``; with ``load="dummy"`` a directory with a
+            ``config.json``, or ``"llama-7b"``, ``"llama-13b"``, ``"llama-3.1-8b"``,
+            ``"llama-3.1-70b"``.
         config: an ``EngineConfig``; or give its fields by name.
         progress: show bars while a model is fetched and read.
 
@@ -86,9 +88,13 @@ class LLM:
         config = _engine_config(config, options)
         self._device = jax.devices()[0]
         self._dtype = _choose_dtype(config, self._device)
-        self._loaded = loading.load_model(
-            model, dtype=self._dtype, mesh=single_device_mesh(self._device), progress=progress
-        )
+        mesh = single_device_mesh(self._device)
+        if config.load == "dummy":
+            self._loaded = loading.dummy_model(model, dtype=self._dtype, mesh=mesh)
+        else:
+            self._loaded = loading.load_model(
+                model, dtype=self._dtype, mesh=mesh, progress=progress
+            )
         self.tokenizer = self._loaded.tokenizer
         self._lock = threading.RLock()
         self._engine = self._make_engine(config)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -45,7 +47,8 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     hyperparameters: dict[str, Any]
     """As ``checkpoints`` normalises them."""
-    directory: Path
+    directory: Path | None
+    """None for random weights."""
 
 
 def load_model(
@@ -89,6 +92,54 @@ def load_model(
     )
 
 
+def dummy_model(
+    name_or_path: str | os.PathLike[str], *, dtype: jnp.dtype, mesh: jax.sharding.Mesh
+) -> LoadedModel:
+    """Random weights in a real shape, made on the device: for benchmarks and tests of size.
+
+    ``name_or_path``: a name of ``checkpoints.architectures`` ("llama-7b", …), or a directory whose
+    ``config.json`` is followed. Equal shapes give equal weights; text is read and written as bytes.
+
+    Raises:
+        ModelLoadError: there is no such name or directory, or it asks for what is not supported.
+    """
+    _require_own_checkpoints()
+    from checkpoints import hf_llama, sources
+    from checkpoints.architectures import ARCHITECTURES
+    from checkpoints.tokenizer import byte_tokenizer
+
+    with _raising(ModelLoadError, "model", name_or_path):
+        known = ARCHITECTURES.get(os.fspath(name_or_path))
+        if known is None and not Path(name_or_path).is_dir():
+            raise ModelLoadError(
+                f"no model {os.fspath(name_or_path)!r} to fill with random weights: give a "
+                f"directory with config.json, or one of {', '.join(ARCHITECTURES)}"
+            )
+        hyperparameters = known or hf_llama.read_config(sources.resolve_model(name_or_path))
+    config = _to_config(hyperparameters)
+
+    @functools.cache
+    def random(shape: tuple[int, ...], axes: Axes) -> Callable[[jax.Array], jax.Array]:
+        def make(key: jax.Array) -> jax.Array:
+            if len(shape) == 1:  # a norm
+                return jnp.ones(shape, dtype)
+            return jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
+
+        return jax.jit(make, out_shardings=named_sharding(mesh, axes))
+
+    def load(path: ParamPath, axes: Axes, shape: tuple[int, ...]) -> jax.Array:
+        key = jax.random.key(zlib.crc32(_dotted(path).encode()))
+        return random(shape, axes)(key)
+
+    return LoadedModel(
+        model=_fill(config, dtype, load, progress=False),
+        tokenizer=byte_tokenizer(),
+        eos_token_ids=tuple(hyperparameters["eos_token_ids"]),
+        hyperparameters=dict(hyperparameters),
+        directory=None,
+    )
+
+
 def save_model(loaded: LoadedModel, directory: str | os.PathLike[str]) -> None:
     """Write a loaded model in Orbax form, with its tokenizer; ``load_model`` reads it back.
 
@@ -99,6 +150,8 @@ def save_model(loaded: LoadedModel, directory: str | os.PathLike[str]) -> None:
 
     flat = _flat_params(nnx.state(loaded.model))
     params = {_dotted(path): variable[...] for path, variable in flat}
+    if loaded.directory is None:
+        raise ModelLoadError("a model of random weights (load='dummy') is not worth saving")
     with _raising(ModelLoadError, "directory", directory):
         orbax.save_model(
             Path(directory), loaded.hyperparameters, params, files_from=loaded.directory
@@ -244,7 +297,7 @@ def _read(
     mesh: jax.sharding.Mesh,
     progress: bool,
 ) -> Llama:
-    def load(path: ParamPath, axes: Axes) -> jax.Array:
+    def load(path: ParamPath, axes: Axes, shape: tuple[int, ...]) -> jax.Array:
         parts = [_cast(checkpoint.read(name), dtype, name) for name in _stored_names(path)]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return jax.device_put(whole, named_sharding(mesh, axes))
@@ -265,7 +318,7 @@ def _restore(
             sharding=named_sharding(mesh, variable.get_metadata("out_sharding")),
         )
     restored = orbax.restore_model(directory, abstract)
-    return _fill(config, dtype, lambda path, axes: restored[_dotted(path)], progress=False)
+    return _fill(config, dtype, lambda path, axes, shape: restored[_dotted(path)], False)
 
 
 def _abstract_model(config: LlamaConfig, dtype: jnp.dtype) -> Llama:
@@ -275,15 +328,15 @@ def _abstract_model(config: LlamaConfig, dtype: jnp.dtype) -> Llama:
 def _fill(
     config: LlamaConfig,
     dtype: jnp.dtype,
-    load: Callable[[ParamPath, Axes], jax.Array],
+    load: Callable[[ParamPath, Axes, tuple[int, ...]], jax.Array],
     progress: bool,
 ) -> Llama:
-    """A model whose every parameter is what ``load(path, logical axes)`` returns."""
+    """A model whose every parameter is what ``load(path, logical axes, shape)`` returns."""
     graph, state = nnx.split(_abstract_model(config, dtype))
     flat = _flat_params(state)
     bar = tqdm(flat, desc="Loading weights", disable=not progress, delay=1.0)
     filled = [
-        (path, variable.replace(load(path, variable.get_metadata("out_sharding"))))
+        (path, variable.replace(load(path, variable.get_metadata("out_sharding"), variable.shape)))
         for path, variable in bar
     ]
     return nnx.merge(graph, nnx.from_flat_state(filled))

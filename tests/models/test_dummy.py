@@ -1,0 +1,63 @@
+"""Random weights by name: the real shapes, the same each time, served like any model."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from checkpoints.architectures import ARCHITECTURES
+from checkpoints.hf_llama import CONFIG_KEYS, read_config
+from checkpoints.synthetic import write_synthetic_adapter, write_synthetic_llama
+from slora_jax import LLM, SamplingParams
+from slora_jax.errors import ConfigError, ModelLoadError
+from slora_jax.loading import dummy_model
+from slora_jax.sharding import single_device_mesh
+
+OPTIONS = {"load": "dummy", "max_num_seqs": 4, "pool_bytes": 2**22, "progress": False}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_are_whole(name):
+    assert set(ARCHITECTURES[name]) == set(CONFIG_KEYS)
+    assert ARCHITECTURES[name]["num_heads"] * 128 == ARCHITECTURES[name]["hidden_size"]
+
+
+def test_a_directory_with_a_config_alone_serves_random_weights(tmp_path):
+    write_synthetic_llama(tmp_path / "whole")
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / "config.json").write_text((tmp_path / "whole" / "config.json").read_text())
+    adapter = tmp_path / "adapter"
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    answers = []
+    write_synthetic_adapter(adapter, read_config(only), seed=1, scale=0.5)
+    for _ in range(2):
+        with LLM(only, **OPTIONS) as llm:
+            llm.load_adapter("a", adapter)
+            outputs = llm.generate([[1, 2, 3], "abc"], ["a", None], params)
+            answers.append([output.outputs[0].token_ids for output in outputs])
+            with pytest.raises(ModelLoadError, match="random weights"):
+                llm.save(tmp_path / "saved")
+    assert answers[0] == answers[1]
+    assert all(len(ids) == 5 for ids in answers[0])
+
+
+def test_weights_differ_from_one_another_and_are_no_zeros(tmp_path):
+    write_synthetic_llama(tmp_path)
+    mesh = single_device_mesh(jax.devices()[0])
+    model = dummy_model(tmp_path, dtype=jnp.dtype("float32"), mesh=mesh).model
+    one, other = (np.asarray(model.layers[i].mlp.down.weight[...]) for i in (0, 1))
+    assert 0.01 < one.std() < 0.03
+    assert np.abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.1
+
+
+def test_what_is_no_name_and_no_directory_is_refused(tmp_path):
+    with pytest.raises(ModelLoadError, match=r"'llama-8b'.*llama-7b"):
+        LLM("llama-8b", **OPTIONS)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ModelLoadError, match="gpt2"):
+        LLM(tmp_path, **OPTIONS)
+    with pytest.raises(ConfigError, match="load='random'"):
+        LLM("llama-7b", load="random", progress=False)
