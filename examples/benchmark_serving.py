@@ -1,96 +1,205 @@
-"""Throughput of a mixed batch of adapters, beside transformers + PEFT on the same requests.
+r"""Serving benchmark: throughput and latency of many adapters, beside the base model alone.
 
-All requests arrive at once; every adapter sits on all seven linear layers; output lengths are
-forced. Each engine runs the workload once to warm up (compilation, caches) and then `--runs` times;
-the best is reported. Outputs are compared token by token.
+Two kinds of models. A real one, with adapters in PEFT's form, which `--peer peft` serves too, with
+the outputs compared token by token:
 
     python examples/benchmark_serving.py --peer peft          # needs torch, transformers, peft
-    python examples/benchmark_serving.py --adapters 0         # the base model alone
+
+And random weights in the shapes of S-LoRA's settings, for GPUs:
+
+    python examples/benchmark_serving.py --setting S1 --workload batch --requests 128 \
+        --prompt-tokens 8 --max-tokens 256 --adapters 0 1 128
+    python examples/benchmark_serving.py --setting S1 --workload offline --adapters 0 100 1000
+    python examples/benchmark_serving.py --setting S1 --workload trace --rate 10 --duration 30 \
+        --adapters 5 2000
+
+Several numbers of adapters are served one after the other by one engine. Each workload is run once
+to warm up (compilation, caches), then `--runs` times, and the fastest is reported.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import workloads
+from workloads import ALL_LINEAR, SETTINGS, Setting, TimedRequest
 
 from checkpoints.hf_llama import read_config
 from checkpoints.sources import resolve_model
 from checkpoints.synthetic import write_synthetic_adapter
 from slora_jax import LLM, SamplingParams
 
-Tokens = list[list[int]]
+SLO_SECONDS = 6.0
+"""Of the paper: time to first token."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--adapters", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--prompt-tokens", type=int, default=20)
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--peer", choices=["none", "peft"], default="none")
-    parser.add_argument("--json", type=Path, help="append one JSON line here")
-    args = parser.parse_args()
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """One request, done. Times in seconds."""
 
-    directory = resolve_model(args.model)
-    config = read_config(directory)
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(1000, config["vocab_size"], (args.requests, args.prompt_tokens)).tolist()
-    adapters = [f"adapter-{i}" for i in range(args.adapters)]
-    adapter_ids = [adapters[i % len(adapters)] if adapters else None for i in range(args.requests)]
-    with tempfile.TemporaryDirectory() as folder:
-        for seed, name in enumerate(adapters):
-            write_synthetic_adapter(
-                Path(folder, name), config, seed=seed, rank=args.rank, scale=0.15
+    tokens: list[int]
+    ttft: float
+    tpot: float | None
+    """None for a single token."""
+    latency: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One workload, served once."""
+
+    seconds: float
+    served: list[Served]
+    counters: dict[str, int]
+    """What ``LLM.stats`` counted meanwhile."""
+
+
+def serve(llm: LLM, requests: Sequence[TimedRequest], names: Sequence[str]) -> Run:
+    """Each request at its time of arrival, in one thread: add what has arrived, step, repeat."""
+    engine = llm.engine
+    before = dataclasses.asdict(llm.stats())
+    waiting = sorted(requests, key=lambda request: request.arrival)
+    generations = []
+    start = time.monotonic()
+    while len(generations) < len(waiting) or engine.has_unfinished:
+        now = time.monotonic() - start
+        while len(generations) < len(waiting) and waiting[len(generations)].arrival <= now:
+            request = waiting[len(generations)]
+            length = request.num_output_tokens
+            generations.append(
+                engine.add_request(
+                    request.prompt_token_ids,
+                    SamplingParams(temperature=0, max_tokens=length, ignore_eos=True),
+                    None if request.adapter is None else names[request.adapter],
+                )
             )
-        paths = {name: Path(folder, name) for name in adapters}
-        workload = (directory, paths, prompts, adapter_ids, args.max_tokens, args.runs)
-        rows = [("slora-jax", *run_slora_jax(*workload))]
-        if args.peer == "peft":
-            rows.append(("transformers + PEFT", *run_peft(*workload)))
-    report(rows, args)
+        if engine.has_unfinished:
+            engine.step()
+        else:
+            time.sleep(max(0.0, waiting[len(generations)].arrival - now))
+    seconds = time.monotonic() - start
+    served = []
+    for timed, generation in zip(waiting, generations, strict=True):
+        request = generation.completions[0].request
+        arrival = start + timed.arrival
+        served.append(
+            Served(
+                list(request.output_token_ids),
+                request.first_token_time - arrival,
+                engine.output(generation).metrics.tpot,
+                request.finish_time - arrival,
+            )
+        )
+    after = dataclasses.asdict(llm.stats())
+    return Run(seconds, served, {name: after[name] - before[name] for name in after})
 
 
-def run_slora_jax(
-    directory: Path,
-    paths: dict[str, Path],
-    prompts: Tokens,
-    adapter_ids: list[str | None],
-    max_tokens: int,
-    runs: int,
-) -> tuple[float, Tokens]:
-    """(best seconds, output tokens)."""
-    with LLM(directory, dtype="float32", max_model_len=512, progress=False) as llm:
-        for name, path in paths.items():
-            llm.load_adapter(name, path)
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, min_tokens=max_tokens)
+def best_of(run: Callable[[], Run], runs: int) -> Run:
+    """The fastest of ``runs`` runs after one to warm up."""
+    run()
+    return min((run() for _ in range(runs)), key=lambda result: result.seconds)
 
-        def run() -> Tokens:
-            outputs = llm.generate(prompts, adapter_ids, params, progress=False)
-            return [list(output.outputs[0].token_ids) for output in outputs]
 
-        return best_of(run, runs)
+def measure(run: Run) -> dict[str, float]:
+    """The evaluation's metrics (S-LoRA §7): rates a second, times in seconds."""
+    count = len(run.served)
+    result = {
+        "requests_per_s": count / run.seconds,
+        "output_tokens_per_s": sum(len(s.tokens) for s in run.served) / run.seconds,
+        "seconds": run.seconds,
+        "slo_attainment": sum(s.ttft < SLO_SECONDS for s in run.served) / count,
+        "satisfaction": sum(max(0.0, 1 - (s.ttft / SLO_SECONDS) ** 2) for s in run.served) / count,
+    }
+    times = {
+        "ttft": [s.ttft for s in run.served],
+        "tpot": [s.tpot for s in run.served if s.tpot is not None],
+        "latency": [s.latency for s in run.served],
+    }
+    for name, values in times.items():
+        for percent in (50, 90, 99):
+            result[f"{name}_p{percent}"] = float(np.percentile(values, percent)) if values else 0.0
+    steps = max(run.counters["steps"], 1)
+    rows = max(run.counters["token_rows"], 1)
+    result["steps"] = run.counters["steps"]
+    result["ms_per_step"] = 1e3 * run.seconds / steps
+    result["padding_share"] = 1 - run.counters["tokens"] / rows
+    result["swap_ins"] = run.counters["swap_ins"]
+    result["preemptions"] = run.counters["preemptions"]
+    result["compiles"] = run.counters["compiles"]
+    return result
+
+
+def make_requests(
+    args: argparse.Namespace, num_adapters: int, vocab_size: int
+) -> list[TimedRequest]:
+    """The workload that the command line asks for."""
+    if args.workload == "offline":
+        return workloads.offline(args.requests, num_adapters, vocab_size)
+    if args.workload == "trace":
+        return workloads.trace(
+            args.rate, args.duration, num_adapters, vocab_size, alpha=args.alpha, cv=args.cv
+        )
+    sizes = args.requests, args.prompt_tokens, args.max_tokens
+    return workloads.batch(*sizes, num_adapters, vocab_size)
+
+
+@contextlib.contextmanager
+def dummy_llm(args: argparse.Namespace, setting: Setting) -> Iterator[tuple[LLM, list[str]]]:
+    """Random weights, and as many distinct adapters as any run needs."""
+    options = {name: value for name, value in engine_options(args).items() if value is not None}
+    with LLM(setting.model, load="dummy", progress=False, **options) as llm:
+        names = [f"adapter-{i}" for i in range(max(args.adapters))]
+        ranks = [setting.ranks[i % len(setting.ranks)] for i in range(len(names))]
+        llm.load_dummy_adapters(names, ranks, setting.targets)
+        yield llm, names
+
+
+@contextlib.contextmanager
+def real_llm(args: argparse.Namespace, directory: Path) -> Iterator[tuple[LLM, list[str]]]:
+    """A real model, and adapters in PEFT's form that it and the peer read."""
+    config = read_config(directory)
+    with tempfile.TemporaryDirectory() as folder:
+        args.adapter_paths = {}
+        for seed in range(max(args.adapters)):
+            path = Path(folder, f"adapter-{seed}")
+            write_synthetic_adapter(path, config, seed=seed, rank=args.rank, scale=0.15)
+            args.adapter_paths[path.name] = path
+        options = {"dtype": "float32", "max_model_len": 512} | {
+            name: value for name, value in engine_options(args).items() if value is not None
+        }
+        with LLM(directory, progress=False, **options) as llm:
+            for name, path in args.adapter_paths.items():
+                llm.load_adapter(name, path)
+            yield llm, list(args.adapter_paths)
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of ``EngineConfig``, None where not given."""
+    return {
+        "dtype": args.dtype,
+        "kernels": args.kernels,
+        "max_num_seqs": args.max_num_seqs,
+        "max_num_batched_tokens": args.max_num_batched_tokens,
+        "max_model_len": args.max_model_len,
+        "pool_bytes": args.pool_bytes,
+    }
 
 
 def run_peft(
-    directory: Path,
-    paths: dict[str, Path],
-    prompts: Tokens,
-    adapter_ids: list[str | None],
-    max_tokens: int,
-    runs: int,
-) -> tuple[float, Tokens]:
-    """The same through PEFT's mixed batches (``adapter_names``)."""
+    directory: Path, paths: dict[str, Path], requests: Sequence[TimedRequest], runs: int
+) -> tuple[float, list[list[int]]]:
+    """(seconds, tokens) of the same through PEFT's mixed batches (``adapter_names``)."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -101,55 +210,121 @@ def run_peft(
             model = PeftModel.from_pretrained(model, path, adapter_name=name)
         else:
             model.load_adapter(path, adapter_name=name)
-    ids = torch.tensor(prompts)
-    options = {"adapter_names": adapter_ids} if paths else {}
+    names = list(paths)
+    ids = torch.tensor([request.prompt_token_ids for request in requests])
+    options = {"adapter_names": [names[r.adapter] for r in requests]} if paths else {}
+    length = requests[0].num_output_tokens
 
-    def run() -> Tokens:
+    def generate() -> tuple[float, list[list[int]]]:
+        started = time.perf_counter()
         with torch.inference_mode():
             outputs = model.eval().generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_tokens,
-                min_new_tokens=max_tokens,
+                max_new_tokens=length,
+                min_new_tokens=length,
                 do_sample=False,
                 **options,
             )
-        return outputs[:, ids.shape[1] :].tolist()
+        return time.perf_counter() - started, outputs[:, ids.shape[1] :].tolist()
 
-    return best_of(run, runs)
-
-
-def best_of(run: Callable[[], Tokens], runs: int) -> tuple[float, Tokens]:
-    """(seconds of the fastest of ``runs`` runs after a warm-up, its result)."""
-    result, best = run(), float("inf")
-    for _ in range(runs):
-        started = time.perf_counter()
-        result = run()
-        best = min(best, time.perf_counter() - started)
-    return best, result
+    generate()
+    return min((generate() for _ in range(runs)), key=lambda result: result[0])
 
 
-def report(rows: list[tuple[str, float, Tokens]], args: argparse.Namespace) -> None:
-    """A table of the engines, the last one being what the others are compared with."""
-    total = args.requests * args.max_tokens
-    slowest = rows[-1][1]
-    print(
-        f"{args.requests} requests x {args.max_tokens} tokens, {args.adapters} adapters of rank "
-        f"{args.rank} on all linear layers, {args.model}, float32"
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    print(f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}\n")
-    print(f"{'engine':22s} {'output tokens/s':>16s} {'seconds':>9s} {'speed-up':>9s}")
-    for name, seconds, _ in rows:
-        print(f"{name:22s} {total / seconds:16.1f} {seconds:9.2f} {slowest / seconds:8.2f}x")
-    if len(rows) > 1:
-        same = sum(a == b for a, b in zip(rows[0][2], rows[1][2], strict=True))
-        print(f"\n{same} of {args.requests} outputs are equal token by token")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--setting", choices=SETTINGS, help="random weights instead of --model")
+    parser.add_argument("--workload", choices=["batch", "offline", "trace"], default="batch")
+    parser.add_argument("--requests", type=int, help="default: 32, offline 256")
+    parser.add_argument("--adapters", type=int, nargs="+", default=[8])
+    parser.add_argument("--rank", type=int, default=16, help="with --model")
+    parser.add_argument("--prompt-tokens", type=int, default=20, help="batch")
+    parser.add_argument("--max-tokens", type=int, default=64, help="batch")
+    parser.add_argument("--rate", type=float, default=10.0, help="trace: requests a second")
+    parser.add_argument("--duration", type=float, default=30.0, help="trace: seconds")
+    parser.add_argument("--alpha", type=float, default=1.0, help="trace: 1 is uniform adapters")
+    parser.add_argument("--cv", type=float, default=1.0, help="trace: burstiness of arrivals")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--peer", choices=["none", "peft"], default="none")
+    parser.add_argument("--dtype")
+    parser.add_argument("--kernels")
+    parser.add_argument("--max-num-seqs", type=int)
+    parser.add_argument("--max-num-batched-tokens", type=int)
+    parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--pool-bytes", type=int)
+    parser.add_argument("--json", type=Path, help="append a JSON line a row here")
+    args = parser.parse_args()
+    if args.requests is None:
+        args.requests = 256 if args.workload == "offline" else 32
+    if args.peer == "peft" and (args.setting or args.workload != "batch"):
+        parser.error("--peer peft takes --model and the batch workload")
+
+    rows: list[tuple[str, dict[str, float]]] = []
+    tokens: list[list[int]] = []
+    if args.setting:
+        setting = SETTINGS[args.setting]
+        about = f"{args.setting}: {setting.model}, random weights, ranks {setting.ranks}"
+        source = dummy_llm(args, setting)
+    else:
+        directory = resolve_model(args.model)
+        about = f"{args.model}, float32, adapters of rank {args.rank} on {', '.join(ALL_LINEAR)}"
+        source = real_llm(args, directory)
+    print(f"{about}\n{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    with source as (llm, names):
+        for count in args.adapters:
+            requests = make_requests(args, count, llm.vocab_size)
+            run = best_of(lambda r=requests: serve(llm, r, names), args.runs)
+            tokens = [served.tokens for served in run.served]
+            rows.append((f"slora-jax, {count} adapters", measure(run)))
+            print_row(*rows[-1], baseline(rows, args))
+            write_row(args, *rows[-1])
+        if args.peer == "peft":
+            seconds, others = run_peft(directory, args.adapter_paths, requests, args.runs)
+            rate = sum(map(len, others)) / seconds
+            print(f"transformers + PEFT, {args.adapters[-1]} adapters: {rate:.1f} output tokens/s")
+            print(f"slora-jax is {rows[-1][1]['output_tokens_per_s'] / rate:.2f} times as fast")
+            same = sum(a == b for a, b in zip(tokens, others, strict=True))
+            print(f"{same} of {len(tokens)} outputs are equal token by token")
+            write_row(args, "transformers + PEFT", {"output_tokens_per_s": rate})
+
+
+def baseline(
+    rows: Sequence[tuple[str, dict[str, float]]], args: argparse.Namespace
+) -> float | None:
+    """Output tokens a second of the base model alone, where it was run first."""
+    return rows[0][1]["output_tokens_per_s"] if args.adapters[0] == 0 else None
+
+
+def print_row(name: str, m: dict[str, float], base: float | None) -> None:
+    """Three lines for people."""
+    retention = "" if base is None else f", {m['output_tokens_per_s'] / base:.1%} of the base"
+    print(
+        f"{name}: {m['output_tokens_per_s']:.1f} output tokens/s, {m['requests_per_s']:.2f} "
+        f"requests/s{retention}\n"
+        f"  {int(m['steps'])} steps of {m['ms_per_step']:.2f} ms, "
+        f"padding {m['padding_share']:.1%}, {int(m['swap_ins'])} swap-ins, {int(m['preemptions'])} preemptions, "
+        f"{int(m['compiles'])} compiles\n"
+        + "  ms at p50 / p90 / p99: "
+        + "; ".join(
+            f"{what} " + " / ".join(f"{1e3 * m[f'{what}_p{p}']:.1f}" for p in (50, 90, 99))
+            for what in ("ttft", "tpot", "latency")
+        )
+        + f"; SLO {m['slo_attainment']:.3f}",
+        flush=True,
+    )
+
+
+def write_row(args: argparse.Namespace, name: str, metrics: dict[str, float]) -> None:
+    """One JSON line."""
     if args.json:
-        line = {name: total / seconds for name, seconds, _ in rows} | {
-            key: value for key, value in vars(args).items() if key != "json"
-        }
+        known = {k: v for k, v in vars(args).items() if k not in ("json", "adapter_paths")}
+        line = {"name": name, "device": jax.devices()[0].device_kind, **known, **metrics}
         with args.json.open("a") as file:
-            file.write(json.dumps(line, default=str) + "\n")
+            file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

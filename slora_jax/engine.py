@@ -410,6 +410,8 @@ class Engine:
             requests_running=self.scheduler.num_running,
             requests_waiting=self.scheduler.num_waiting,
             steps=self._num_steps,
+            tokens=self._runner.num_tokens,
+            token_rows=self._runner.num_token_rows,
             swap_ins=self.cache.swap_ins,
             swap_in_bytes=self.cache.swap_in_bytes,
             disk_reloads=self.store.disk_reloads,

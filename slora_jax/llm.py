@@ -99,6 +99,19 @@ class LLM:
         self._lock = threading.RLock()
         self._engine = self._make_engine(config)
 
+    @property
+    def engine(self) -> Engine:
+        """The loop underneath, for loops of one's own (``add_request``, ``step``, ``output``).
+
+        It is not thread-safe: keep to one thread, and away from this object's other methods.
+        """
+        return self._engine
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self._loaded.model.config.vocab_size
+
     def _make_engine(self, config: EngineConfig) -> Engine:
         model = self._loaded.model.config
         kv = _kv_layout(config, model.num_kv_heads, model.head_dim, self._dtype)
@@ -353,6 +366,24 @@ class LLM:
                     self._engine.unregister_adapter(name)
                     raise
         return info
+
+    def load_dummy_adapters(
+        self, names: Sequence[str], ranks: Sequence[int], targets: Sequence[str]
+    ) -> None:
+        """Register distinct random adapters, for benchmarks: thousands share one block of memory.
+
+        ``ranks``: one a name, multiples of 8; ``targets``: of q, k, v, o, gate, up, down.
+        """
+        with self._lock:
+            packed = loading.dummy_adapters(
+                ranks,
+                targets,
+                self._loaded.model.config.num_layers,
+                self._engine.view.adapters,
+                self._dtype,
+            )
+            for name, adapter in zip(names, packed, strict=True):
+                self._engine.register_adapter(name, adapter, None)
 
     def unload_adapter(self, name: str) -> None:
         """Forget ``name``: new requests are refused at once, running ones finish on it.

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,7 +23,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from pallas_kernels.layout import TARGETS, AdapterLayout, stored_rank
+from pallas_kernels.layout import LANES, TARGETS, AdapterLayout, stored_rank
 from slora_jax.adapter_store import PackedAdapter
 from slora_jax.errors import AdapterLoadError, InvalidRequestError, ModelLoadError, SloraError
 from slora_jax.layers.rope import RopeScaling
@@ -261,6 +262,42 @@ def pack_adapter(
         pages=pages,
         scaling=scaling,
     )
+
+
+def dummy_adapters(
+    ranks_of_adapters: Sequence[int],
+    targets: Sequence[str],
+    num_layers: int,
+    layout: AdapterLayout,
+    dtype: jnp.dtype,
+) -> Iterator[PackedAdapter]:
+    """Distinct random adapters, one for each rank in turn, in page form: for benchmarks.
+
+    They are views into one random block, so that thousands fit in memory; A and B have deviation
+    0.02, scaling is 2. Ranks are multiples of 8, and each A and B fills whole segments.
+    """
+    pages_of = {
+        rank: layout.num_pages([rank if t in targets else 0 for t in TARGETS])
+        for rank in set(ranks_of_adapters)
+    }
+    page = layout.rows_per_page * LANES
+    largest = num_layers * max(pages_of.values(), default=0) * page
+    block = np.random.default_rng(0).standard_normal(
+        largest + LANES * len(ranks_of_adapters), dtype=np.float32
+    )
+    block = (0.02 * block).astype(dtype)
+    for index, rank in enumerate(ranks_of_adapters):
+        shape = (num_layers, pages_of[rank], layout.rows_per_page, LANES)
+        first = LANES * index
+        ranks = tuple(stored_rank(rank) if t in targets else 0 for t in TARGETS)
+        yield PackedAdapter(
+            digest=f"dummy {index}",
+            ranks=ranks,
+            num_pages=shape[1],
+            nbytes=math.prod(shape) * block.itemsize,
+            pages=block[first : first + math.prod(shape)].reshape(shape),
+            scaling=np.full((num_layers, len(TARGETS)), 2.0, np.float32),
+        )
 
 
 def adapter_layout(config: LlamaConfig, rows_per_page: int) -> AdapterLayout:

@@ -169,6 +169,10 @@ class ModelRunner:
         self._samples = Buckets((max_num_seqs,))
         self._scores = Buckets((1 << 30,))
         self._sampled = jnp.zeros(max_num_seqs, jnp.int32)
+        self.num_tokens = 0
+        """Tokens computed since the start."""
+        self.num_token_rows = 0
+        """Rows computed, padding included."""
         self._sampled_rows: dict[str, int] = {}  # request id → row of `_sampled`
 
         def sample_rows(
@@ -225,6 +229,8 @@ class ModelRunner:
         hidden, self.pool = self._forward(self.pool, self._sampled, pack(batch))
         rows = first_rows(output, shape, self.prefill_tile)
         chunks = (*output.decode, *output.prefill)
+        self.num_tokens += sum(chunk.num_tokens for chunk in chunks)
+        self.num_token_rows += shape.decode + shape.tiles * self.prefill_tile
         prompt_scores = self._score_prompts(hidden, chunks, rows)
         ending = [chunk for chunk in chunks if chunk.is_last]
         scores = self._sample_chunks(hidden, ending, rows, seeds)

@@ -94,6 +94,10 @@ class EngineStats:
     requests_running: int
     requests_waiting: int
     steps: int
+    tokens: int
+    """Computed in all steps, prompts' and outputs'."""
+    token_rows: int
+    """The same with padding to the compiled sizes."""
     swap_ins: int
     swap_in_bytes: int
     disk_reloads: int
@@ -118,7 +122,7 @@ class EngineStats:
                 f"({self.adapter_host_bytes / 2**20:.1f} MiB in CPU memory), "
                 f"{self.adapters_resident} resident, {self.adapters_pinned} pinned",
                 f"requests: {self.requests_running} running, {self.requests_waiting} waiting",
-                f"since start: {self.steps} steps, {self.swap_ins} swap-ins "
+                f"since start: {self.steps} steps, {self.tokens} tokens, {self.swap_ins} swap-ins "
                 f"({self.swap_in_bytes / 2**20:.1f} MiB), {self.disk_reloads} disk reloads, "
                 f"{self.evictions} evictions, {self.preemptions} preemptions, "
                 f"{self.compiles} compiles",
