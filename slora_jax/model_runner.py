@@ -15,7 +15,8 @@ are read: they stay on the device, and that step takes them from there.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,7 @@ from slora_jax.scheduler import Chunk, SchedulerOutput
 from slora_jax.sharding import named_sharding
 from slora_jax.transfer import Packed, pack, unpack
 
-BUCKET_SLACK = 4
-"""A compiled size up to this many times the needed one is used before a new one is compiled."""
+RoundUp = Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,30 +110,70 @@ class LaunchedStep:
 
 
 class Buckets:
-    """Sizes that have been compiled; picks one of them for a need, or the next power of two.
+    """Sizes that have been compiled; picks one of them for a need, or the size it rounds up to.
 
-    Invariant: ``choose`` returns at least what is needed in every dimension, and 0 exactly where
-    nothing is needed.
+    Invariant: ``choose`` returns at least what is needed in every dimension.
     """
 
-    def __init__(self, largest: Sequence[int]):
-        self._largest = tuple(largest)
+    def __init__(self, round_up: RoundUp, slack: Sequence[float]):
+        """``slack``: a compiled size up to this many times the rounded one serves, so that a
+        shrinking batch keeps its program.
+        """
+        self._round_up = round_up
+        self._slack = tuple(slack)
         self._compiled: set[tuple[int, ...]] = set()
 
-    def choose(self, need: Sequence[int]) -> tuple[int, ...]:
-        """A shrinking batch keeps its program until it is ``BUCKET_SLACK`` times too large."""
-        exact = tuple(
-            min(1 << (n - 1).bit_length(), top) if n else 0
-            for n, top in zip(need, self._largest, strict=True)
-        )
-        fitting = [size for size in self._compiled if _serves(size, need, exact)]
+    def choose(self, need: tuple[int, ...]) -> tuple[int, ...]:
+        """The smallest compiled size that serves, or a new one."""
+        exact = self._round_up(need)
+        largest = [size * slack for size, slack in zip(exact, self._slack, strict=True)]
+        fitting = [
+            size
+            for size in self._compiled
+            if all(n <= s <= most for n, s, most in zip(need, size, largest, strict=True))
+        ]
         best = min(fitting, key=lambda size: (sum(size), size), default=exact)
         self._compiled.add(best)
         return best
 
 
-def _serves(size: Sequence[int], need: Sequence[int], exact: Sequence[int]) -> bool:
-    return all(s >= n and s <= BUCKET_SLACK * e for s, n, e in zip(size, need, exact, strict=True))
+def _power(base: int, number: int, first: int = 1) -> int:
+    """The least ``first * base ** k`` that is at least ``number``; 0 for 0."""
+    size = first
+    while size < number:
+        size *= base
+    return size if number else 0
+
+
+def step_buckets(kernels: str, max_num_seqs: int, max_tiles: int) -> Buckets:
+    """Of (decode rows, prefill tiles, rank): what a row too many costs decides how fine they are.
+
+    Plain XLA pays for each row, and CPUs compile fast. Pallas kernels follow the tokens that there
+    are and dense matmuls read their weights whatever the rows, so there rows of decode and ranks
+    are coarse, and only tiles, 128 tokens each, are counted well.
+    """
+
+    def fine(need: tuple[int, ...]) -> tuple[int, ...]:
+        decode, tiles, rank = need
+        return (
+            min(_power(2, decode), max_num_seqs),
+            min(_power(2, tiles), max_tiles),
+            _power(2, rank),
+        )
+
+    def coarse(need: tuple[int, ...]) -> tuple[int, ...]:
+        decode, tiles, rank = need
+        rows = max_num_seqs if tiles else min(_power(4, decode, first=16), max_num_seqs)
+        return rows, min(_power(2, tiles), max_tiles), _power(8, rank, first=1024)
+
+    if kernels in ("gpu", "tpu"):
+        return Buckets(coarse, slack=(4, 1, math.inf))
+    return Buckets(fine, slack=(4, 4, 4))
+
+
+def row_buckets(most: int) -> Buckets:
+    """Of rows whose logits are computed."""
+    return Buckets(lambda need: (min(_power(2, need[0]), most),), slack=(4,))
 
 
 class ModelRunner:
@@ -165,9 +205,10 @@ class ModelRunner:
         )
         self._table_width = -(-max_model_len // view.kv.page_size)
         self._adapters: dict[int, ResidentAdapter] = {}
-        self._steps = Buckets((max_num_seqs, max_prefill_tokens // prefill_tile, 1 << 30))
-        self._samples = Buckets((max_num_seqs,))
-        self._scores = Buckets((1 << 30,))
+        max_tiles = max_prefill_tokens // prefill_tile
+        self._steps = step_buckets(view.kernels, max_num_seqs, max_tiles)
+        self._samples = row_buckets(max_num_seqs)
+        self._scores = row_buckets(max_num_seqs + max_prefill_tokens)
         self._sampled = jnp.zeros(max_num_seqs, jnp.int32)
         self.num_tokens = 0
         """Tokens computed since the start."""

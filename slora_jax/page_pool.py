@@ -16,9 +16,8 @@ import numpy as np
 
 Pool = tuple[jax.Array, ...]
 
-SWAP_IN_PAGES = 8
-"""Pages of one swap-in call: one compiled program whatever an adapter's size, padded with page
-0."""
+SWAP_IN_PAGES = (8, 4, 2, 1)
+"""Pages of one swap-in call, the largest that fits first: few compiled programs, and no padding."""
 
 
 def allocate_pool(
@@ -48,12 +47,10 @@ def swap_in(pool: Pool, page_ids: Sequence[int], pages: np.ndarray) -> Pool:
 
     ``pool`` is donated. The copies are queued: a step launched later sees them.
     """
-    for start in range(0, len(page_ids), SWAP_IN_PAGES):
-        ids = np.zeros(SWAP_IN_PAGES, np.int32)
-        part = pages[:, start : start + SWAP_IN_PAGES]
-        ids[: part.shape[1]] = page_ids[start : start + SWAP_IN_PAGES]
-        padding = SWAP_IN_PAGES - part.shape[1]
-        if padding:
-            part = np.pad(part, ((0, 0), (0, padding), (0, 0), (0, 0)))
-        pool = _write_pages(pool, ids, part)
+    start = 0
+    while start < len(page_ids):
+        count = next(size for size in SWAP_IN_PAGES if size <= len(page_ids) - start)
+        ids = np.asarray(page_ids[start : start + count], np.int32)
+        pool = _write_pages(pool, ids, pages[:, start : start + count])
+        start += count
     return pool
