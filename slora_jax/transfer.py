@@ -13,6 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
+WORDS_MULTIPLE = 64
+"""A buffer is whole lines of 256 bytes: CUDA takes no other for the next one after it."""
+
 _WORD_TYPES = (np.dtype(np.int32), np.dtype(np.uint32), np.dtype(np.float32))
 
 
@@ -42,7 +45,8 @@ def pack(tree: Any) -> Packed:
     leaves, structure = jax.tree.flatten(tree)
     for leaf in leaves:
         assert leaf.dtype in _WORD_TYPES, leaf.dtype
-    words = np.empty(sum(leaf.size for leaf in leaves), np.int32)
+    size = sum(leaf.size for leaf in leaves)
+    words = np.zeros(-(-size // WORDS_MULTIPLE) * WORDS_MULTIPLE, np.int32)
     start = 0
     for leaf in leaves:
         words[start : start + leaf.size] = leaf.reshape(-1).view(np.int32)
