@@ -63,6 +63,11 @@ class EngineConfig:
     """CPU memory for adapters. Least recently used ones beyond it fall back to their files;
     adapters given as arrays have no file and always count. ``None``: no bound."""
 
+    compilation_cache: bool = True
+    """Keep compiled programs of GPUs and TPUs in the user's cache folder, so that the next start
+    takes seconds (JAX's persistent compilation cache). Where JAX has been told of a folder, that
+    one is used."""
+
     seed: int = 0
     """Of requests that sample without a seed of their own."""
 
@@ -86,6 +91,8 @@ class EngineConfig:
         if self.prefill_tile is not None:
             self.prefill_sizes(self.prefill_tile)
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        if not isinstance(self.compilation_cache, bool):
+            raise ConfigError(f"compilation_cache={self.compilation_cache!r} must be True or False")
         _check_choice("load", self.load, ("auto", "dummy"))
         _check_choice("kernels", self.kernels, ("auto", "gpu", "tpu", "xla", "reference"))
         fraction = self.memory_fraction

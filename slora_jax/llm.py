@@ -89,6 +89,8 @@ class LLM:
         self._device = jax.devices()[0]
         self._dtype = _choose_dtype(config, self._device)
         mesh = single_device_mesh(self._device)
+        if config.compilation_cache and self._device.platform != "cpu":
+            loading.keep_compiled_programs()
         if config.load == "dummy":
             self._loaded = loading.dummy_model(model, dtype=self._dtype, mesh=mesh)
         else:

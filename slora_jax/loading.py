@@ -93,6 +93,15 @@ def load_model(
     )
 
 
+def keep_compiled_programs() -> None:
+    """Let JAX keep what it compiles in the user's cache folder, unless it was told of another."""
+    _require_own_checkpoints()
+    from checkpoints import sources
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(sources.default_cache_dir() / "xla"))
+
+
 def dummy_model(
     name_or_path: str | os.PathLike[str], *, dtype: jnp.dtype, mesh: jax.sharding.Mesh
 ) -> LoadedModel:

@@ -1136,6 +1136,8 @@ BAD_OPTIONS = (
     ("fraction_nan", {"memory_fraction": float("nan")}, ConfigError, "memory_fraction=nan"),
     ("fraction_bool", {"memory_fraction": True}, ConfigError, "memory_fraction=True"),
     ("host", {"host_adapter_bytes": -1}, ConfigError, "host_adapter_bytes=-1"),
+    ("cache", {"compilation_cache": "no"}, ConfigError, "compilation_cache='no'"),
+    ("load", {"load": "random"}, ConfigError, "load='random'", "dummy"),
     ("seed", {"seed": None}, ConfigError, "seed=None"),
 )
 
