@@ -98,7 +98,7 @@ def keep_compiled_programs() -> None:
     _require_own_checkpoints()
     from checkpoints import sources
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(sources.default_cache_dir() / "xla"))
 
 
