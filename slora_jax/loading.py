@@ -98,7 +98,7 @@ def keep_compiled_programs() -> None:
     _require_own_checkpoints()
     from checkpoints import sources
 
-    if jax.config.values["jax_compilation_cache_dir"] is None:
+    if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 (typed as unknown)
         jax.config.update("jax_compilation_cache_dir", str(sources.default_cache_dir() / "xla"))
 
 
