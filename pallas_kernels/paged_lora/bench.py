@@ -3,6 +3,9 @@
 One line per step shape and implementation: the time of the LoRA terms of every layer and target of
 a model, chained as its layers chain them, without base matmuls or attention. ``copy`` is the
 cheating lower bound: the same bytes of the pool, copied and not used.
+
+On a GPU (``gpu_main``) instead: q, k and v of Llama-7B in one call, over the layers in turn so that
+no cache serves them, as a share of the rate at which a kernel that does nothing else reads pages.
 """
 
 from __future__ import annotations
@@ -68,20 +71,25 @@ def best_ms(call: Callable[[], Any], repeats: int) -> float:
 
 
 def make_batch(
-    layout: AdapterLayout, num_layers: int, index: np.ndarray, ranks: tuple[int, ...]
+    layout: AdapterLayout,
+    num_layers: int,
+    index: np.ndarray,
+    ranks: tuple[int, ...],
+    targets: tuple[str, ...] = TARGETS,
 ) -> tuple[LoraBatch, int]:
     """A step of adapters of these ranks over shuffled pages; also the number of pages it owns."""
+    of_targets = [tuple(rank if name in targets else 0 for name in TARGETS) for rank in ranks]
     bucket = sum(map(stored_rank, ranks))
     rows, page_ids = lora_bucket_sizes(bucket, layout)
-    counts = [layout.num_pages([r] * len(TARGETS)) for r in ranks]
+    counts = [layout.num_pages(r) for r in of_targets]
     pages = np.zeros(page_ids, np.int32)
     pages[: sum(counts)] = 1 + np.random.default_rng(0).permutation(sum(counts))
     page_start = np.zeros(rows, np.int32)
     table = {name: np.zeros((rows, len(TARGETS)), np.int32) for name in ("rank", "a_row", "b_row")}
-    for row, rank in enumerate(ranks, start=1):
+    for row, own in enumerate(of_targets, start=1):
         page_start[row] = sum(counts[: row - 1])
-        table["rank"][row] = stored_rank(rank)
-        table["a_row"][row], table["b_row"][row], _ = layout.segments([rank] * len(TARGETS))
+        table["rank"][row] = [stored_rank(rank) for rank in own]
+        table["a_row"][row], table["b_row"][row], _ = layout.segments(own)
     scaling = np.ones((num_layers, rows, len(TARGETS)), np.float32)
     return LoraBatch(index, pages, page_start, **table, scaling=scaling, rank_bucket=bucket), sum(
         counts
@@ -117,6 +125,168 @@ def chain(
     return x
 
 
+LLAMA_7B = Model(32, 4096, 4096, 11008, KVLayout(32, 128, 16).rows_per_page)
+LAYERS, REPEATS = 4, 10
+"""Layers whose pools take turns, and how often each within one compiled call."""
+
+
+def power_law(adapters: int, tokens: int) -> np.ndarray:
+    """i32[tokens]: adapters 1, 2, … in proportion to 1, 1/2, …, each at least once, in order."""
+    share = 1 / np.arange(1, adapters + 1)
+    counts = np.maximum(1, np.round(share / share.sum() * tokens)).astype(int)
+    counts[0] += tokens - counts.sum()
+    return np.repeat(np.arange(1, adapters + 1, dtype=np.int32), counts)
+
+
+# name → (table row of each token, ranks of the adapters)
+GPU_STEPS: dict[str, tuple[np.ndarray, tuple[int, ...]]] = {
+    "base only": (np.zeros(128, np.int32), (16,) * 16),
+    "16 tokens, 16 adapters": (np.arange(1, 17, dtype=np.int32), (16,) * 16),
+    "256 tokens, the same 16": (power_law(16, 256), (16,) * 16),
+    "128 adapters, r 8": (np.arange(1, 129, dtype=np.int32), (8,) * 128),
+    "128 adapters, r 16": (np.arange(1, 129, dtype=np.int32), (16,) * 128),
+    "128 adapters, r 8 to 64": (np.arange(1, 129, dtype=np.int32), (8, 16, 32, 64) * 32),
+    "128 adapters, r 64": (np.arange(1, 129, dtype=np.int32), (64,) * 128),
+    "prefill 4096, 32 adapters": (np.repeat(np.arange(1, 33, dtype=np.int32), 128), (16,) * 32),
+}
+
+
+def us_a_call(call: Callable[[Any], Any], state: Any, calls: int) -> float:
+    """Microseconds of one of the ``calls`` that ``state = call(state)`` makes.
+
+    From the difference of 8 and 2 in a row, which leaves dispatch and waiting out.
+    """
+    for _ in range(3):
+        state = call(state)
+    times = {2: float("inf"), 8: float("inf")}
+    for _ in range(3):
+        for row in times:
+            jax.block_until_ready(state)
+            start = time.perf_counter()
+            for _ in range(row):
+                state = call(state)
+            jax.block_until_ready(state)
+            times[row] = min(times[row], time.perf_counter() - start)
+    return (times[8] - times[2]) / 6 / calls * 1e6
+
+
+def read_pages(pool: jax.Array) -> jax.Array:
+    """Every row of ``pool`` through shared memory and no further: the read roof of a Hopper GPU."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu
+
+    plgpu: Any = mosaic_gpu
+    rows, stages, programs = 64, 12, 132
+    boxes_a_page = pool.shape[1] // rows
+    boxes = pool.shape[0] * boxes_a_page
+
+    def body(pool: Any, out: Any, ring: Any, barrier: Any) -> None:
+        program = jax.lax.axis_index("program")
+        mine = jax.lax.div(boxes - program + programs - 1, programs)
+
+        def issue(k: Any, slot: Any) -> None:
+            box = program + k * programs
+            at = pl.multiple_of(jax.lax.rem(box, boxes_a_page) * rows, rows)
+            source = pool.at[jax.lax.div(box, boxes_a_page), pl.ds(at, rows)]
+            plgpu.copy_gmem_to_smem(source, ring.at[slot], barrier.at[slot])
+
+        for slot in range(stages):
+            pl.when(slot < mine)(functools.partial(issue, slot, slot))
+
+        def step(k: Any, total: jax.Array) -> jax.Array:
+            slot = jax.lax.rem(k, stages)
+            plgpu.barrier_wait(barrier.at[slot])
+            first = plgpu.layout_cast(ring[slot, 0], plgpu.Layout.WG_STRIDED((LANES,), vec_size=1))
+            plgpu.commit_smem()
+            pl.when(k + stages < mine)(functools.partial(issue, k + stages, slot))
+            return total + first.astype(jnp.float32)
+
+        zero = jnp.zeros((LANES,), jnp.float32)
+        zero = plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED((LANES,), vec_size=1))
+        out[program] = jax.lax.fori_loop(0, mine, step, zero)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((programs, LANES), jnp.float32),
+        grid=(programs,),
+        grid_names=("program",),
+        scratch_types=[
+            plgpu.SMEM((stages, rows, LANES), pool.dtype),
+            plgpu.Barrier(num_barriers=stages),
+        ],
+    )(pool)
+
+
+def gpu_main(names: list[str], implementations: list[str]) -> None:
+    """The steps of ``GPU_STEPS``: microseconds, bytes of A and B, share of the read roof."""
+    layout, group, dtype = LLAMA_7B.layout(), GROUPS[0], jnp.dtype(jnp.bfloat16)
+    header = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    pools = [
+        jax.random.normal(key, (4096, LLAMA_7B.rows_per_page, LANES), dtype)
+        for key in jax.random.split(jax.random.key(0), LAYERS)
+    ]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def read(total: jax.Array, pools: list[jax.Array]) -> jax.Array:
+        return total + sum(jnp.sum(read_pages(p)[0]) for p in pools * 4)
+
+    us = us_a_call(lambda total: read(total, pools), jnp.float32(0), 4 * LAYERS)  # noqa: B023
+    roof = pools[0].nbytes / us / 1e3
+    print(json.dumps({**header, "read_roof_gb_s": round(roof)}), flush=True)
+    weight = 0.02 * jax.random.normal(jax.random.key(1), (12288, 4096), dtype)
+    x = jax.random.normal(jax.random.key(2), (4096, 4096), dtype)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def base(y: jax.Array, x: jax.Array, weight: jax.Array) -> jax.Array:
+        for _ in range(8):
+            after, _ = jax.lax.optimization_barrier((x, y))
+            y = jax.lax.dot_general(after, weight, (((1,), (1,)), ((), ())))
+        return y
+
+    us = us_a_call(lambda y: base(y, x, weight), jnp.zeros((4096, 12288), dtype), 8)
+    line = {**header, "step": "base qkv matmul of 4096 tokens", "us": round(us, 1)}
+    print(json.dumps(line), flush=True)
+    for name in names:
+        index, ranks = GPU_STEPS[name]
+        batch, num_pages = make_batch(layout, LAYERS, index, ranks, group)
+        pools = [
+            0.02 * jax.random.normal(key, (num_pages + 1, LLAMA_7B.rows_per_page, LANES), dtype)
+            for key in jax.random.split(jax.random.key(0), LAYERS)
+        ]
+        used = [ranks[row - 1] for row in set(index.tolist()) - {0}]
+        num_bytes = sum(used) * 2 * LANES * 3 * 2 * (LLAMA_7B.hidden // LANES)
+        for implementation in implementations:
+
+            @functools.partial(jax.jit, donate_argnums=0)
+            def step(y, x, pools, plan):
+                for _ in range(REPEATS):
+                    for layer, pool in enumerate(pools):
+                        y = api.paged_lora(
+                            y, x, pool, plan, layer=layer, group=group, layout=layout
+                        )
+                return y
+
+            plan = jax.jit(
+                functools.partial(api.prepare, layout=layout, implementation=implementation)
+            )(batch)
+            few = jax.random.normal(jax.random.key(3), (len(index), LLAMA_7B.hidden), dtype)
+            us = us_a_call(
+                lambda y: step(y, few, pools, plan),  # noqa: B023
+                jnp.zeros((len(index), 3 * LLAMA_7B.hidden), dtype),
+                REPEATS * LAYERS,
+            )
+            line = {
+                **header,
+                "step": name,
+                "implementation": implementation,
+                "mb": round(num_bytes / 1e6, 1),
+                "us": round(us, 1),
+                "read_roof_us": round(num_bytes / roof / 1e3, 1),
+                "share": round(num_bytes / us / 1e3 / roof, 3),
+            }
+            print(json.dumps(line), flush=True)
+
+
 def main() -> None:
     """Every step shape, one line per implementation."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -125,7 +295,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--step", type=int, help="only this one of the step shapes")
     parser.add_argument("--implementations", default="reference,xla,copy")
+    parser.add_argument("--gpu-steps", nargs="*", default=list(GPU_STEPS), choices=GPU_STEPS)
+    parser.add_argument("--gpu-implementations", nargs="*", default=["gpu", "xla"])
     options = parser.parse_args()
+    if jax.default_backend() == "gpu":
+        gpu_main(options.gpu_steps, options.gpu_implementations)
+        return
     model, dtype = MODELS[options.model], jnp.dtype(options.dtype)
     layout = model.layout()
     for number, (tokens, ranks) in enumerate(STEPS):

@@ -1,0 +1,631 @@
+"""Paged LoRA for Hopper (Mosaic GPU, sm_90a): S-LoRA's MBGMV, shrink and expand in one launch.
+
+The step's tokens are sorted by adapter and cut into segments of a few tokens of one adapter; an
+item is one segment and one target, and a fixed number of programs share the items, largest rank
+first. In each program one warpgroup streams the item's A, then its Bᵀ, through a ring in shared
+memory, in chunks of 64 rows (two TMA boxes of 32, which never cross a page), and runs ahead into
+the next item; the other multiplies. Eight column blocks of all r ranks are 8 r rows, so exactly
+r / 8 chunks: a *window*. The k-th chunk of every window (its *class*) holds the same ranks of the
+same blocks of the window, which makes any rank that is a multiple of 8 regular:
+
+- Shrink: ``chunk [64, 128] · xᵀ``, with eight blocks of each token as columns, summed over the
+  windows of a class; of each row only the column of its own block is meant. The rest is thrown
+  away: the unit is idle anyway.
+- Expand: ``Hᵀ · chunk`` with H [64 rows, token and block]: the row's own rank in the column of its
+  own block, zeros elsewhere; summed over the chunks of a window, it is eight blocks of y of each
+  token. TMA adds them to y.
+
+So h never leaves the core, nothing is transposed or padded to a larger rank, and a token's sums
+run in an order that its own adapter alone decides. Knows one group of targets a call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as mosaic_gpu
+
+from pallas_kernels.layout import GROUPS, LANES, TARGETS, AdapterLayout, KVLayout, blocks
+from pallas_kernels.paged_lora.batch import LoraBatch
+
+plgpu: Any = mosaic_gpu  # names that jax 0.10.2 lacks
+
+PROGRAMS = 132
+"""Persistent programs, one a multiprocessor of an H100 or H200; any number is correct."""
+
+CHUNK = 64
+"""Rows of the pool in one matmul: M of wgmma."""
+
+BOX = 32
+"""Rows that lie together whatever page they are in: segments and pages are multiples of it."""
+
+BOXES = CHUNK // BOX
+
+WINDOW = 8
+"""Column blocks in a window."""
+
+SHARED_BYTES = 224 * 1024
+"""Shared memory a program may use; 227 KiB less barriers and alignment."""
+
+FRONT = 64
+"""Zeros before a segment's sums, so that shifted reads need no mask."""
+
+SUMS = 512
+"""Rows of sums, one for each rank, block of a chunk and shift: FRONT + MAX_RANK + 127, rounded
+up."""
+
+KEPT = 4
+"""Classes of H that stay in shared memory between windows: all that ranks up to 32 have."""
+
+WGMMA = getattr(plgpu, "Layout", None) and plgpu.Layout.WGMMA
+
+# A segment's fields: how many tokens, adapter index, seven ranks, seven rows of A, seven of Bᵀ,
+# where the adapter's page ids start, and the tokens' numbers.
+COUNT, ADAPTER, RANK, A_ROW, B_ROW, PAGES, TOKENS = 0, 1, 2, 9, 16, 23, 24
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The step's work, and where the adapters lie."""
+
+    segments: tuple[jax.Array, ...]
+    """Per group i32[T, TOKENS + size]: a row a segment, the fields below, largest ranks first."""
+
+    num_segments: tuple[jax.Array, ...]
+    """Per group i32[1]."""
+
+    pages: jax.Array
+    """As the batch has it."""
+
+    scaling: jax.Array
+    """As the batch has it."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """One segment and one target, in a kernel's registers."""
+
+    target: Any
+    rank: Any
+    count: Any
+    a_rows: Any
+    b_rows: Any
+    a_row: Any
+    b_row: Any
+    pages: Any
+    scale: Any
+    tokens: tuple[Any, ...]
+
+
+def check_support(
+    device: Any, *, dtype: Any, num_heads: int, kv: KVLayout, adapters: AdapterLayout
+) -> None:
+    """NotImplementedError, with the reason, where this module cannot serve."""
+    del num_heads, kv, adapters
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        raise NotImplementedError(f"GPU kernels need jax 0.11 or later, this is {jax.__version__}")
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        raise NotImplementedError(
+            f"GPU kernels compute in bfloat16 or float16, not in {jnp.dtype(dtype).name}: Hopper's "
+            "matrix unit has no float32"
+        )
+    capability = getattr(device, "compute_capability", "0")
+    if float(capability) != 9.0:
+        raise NotImplementedError(
+            f"GPU kernels are built for compute capability 9.0 (H100, H200); {device.device_kind} "
+            f"has {capability}"
+        )
+
+
+def prepare(batch: LoraBatch, layout: AdapterLayout) -> Plan:
+    """See ``api.prepare``."""
+    adapters = jnp.concatenate(
+        [batch.rank, batch.a_row, batch.b_row, batch.page_start[:, None]], axis=1
+    )
+    sizes = {group: segment_tokens(layout, group) for group in GROUPS}
+    tables = {size: _segments(batch, adapters, size) for size in set(sizes.values())}
+    segments, counts = zip(*(tables[sizes[group]] for group in GROUPS), strict=True)
+    return Plan(segments, counts, batch.pages, batch.scaling)
+
+
+def _segments(batch: LoraBatch, adapters: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Segments of up to ``size`` tokens, as Plan has them, and i32[1] their number.
+
+    By counting for each token those before it: a sort and its gathers would take ten times as long.
+    """
+    index = batch.adapter_index
+    tokens, num_adapters = index.shape[0], adapters.shape[0]
+    adapted = index > 0
+    order = jnp.arange(num_adapters, dtype=jnp.int32)
+    order = order - num_adapters * jnp.sum(batch.rank, axis=1)  # the largest first
+    key = order[index]
+    number = jnp.arange(tokens, dtype=jnp.int32)
+    same = index[:, None] == index[None, :]
+    nth = jnp.sum(same & (number[None, :] < number[:, None]), axis=1, dtype=jnp.int32)
+    alike = jnp.sum(same, axis=1, dtype=jnp.int32)
+    leads = adapted & (nth % size == 0)
+    before = jnp.sum(leads[None, :] & (key[None, :] < key[:, None]), axis=1, dtype=jnp.int32)
+    segment = jnp.where(adapted, before + nth // size, tokens)
+    head = jnp.stack([jnp.minimum(size, alike - nth // size * size), index], axis=1)
+    place = jnp.arange(2, dtype=jnp.int32)
+    table = jnp.zeros((tokens, 2 + size), jnp.int32)
+    table = table.at[
+        jnp.repeat(segment[:, None], 3, axis=1),
+        jnp.concatenate([jnp.broadcast_to(place, (tokens, 2)), 2 + nth[:, None] % size], axis=1),
+    ].set(jnp.concatenate([head, number[:, None]], axis=1), mode="drop")
+    fields = adapters[table[:, 1]]
+    return jnp.concatenate([table[:, :2], fields, table[:, 2:]], axis=1), jnp.sum(
+        leads, dtype=jnp.int32
+    ).reshape(1)
+
+
+def segment_tokens(layout: AdapterLayout, group: tuple[str, ...]) -> int:
+    """Most tokens of a segment: as many as 64 KiB of their inputs hold, up to 8."""
+    token = windows(layout.in_features[TARGETS.index(group[0])]) * WINDOW * LANES * 2
+    return next(size for size in (8, 4, 2, 1) if size * token <= 64 * 1024 or size == 1)
+
+
+def windows(features: int) -> int:
+    """Windows that ``features`` columns take."""
+    return -(-blocks(features) // WINDOW)
+
+
+def paged_lora(
+    y: jax.Array,
+    x: jax.Array,
+    pool_layer: jax.Array,
+    plan: Plan,
+    *,
+    layer: int | jax.Array,
+    group: tuple[str, ...],
+    layout: AdapterLayout,
+) -> jax.Array:
+    """See ``api.paged_lora``."""
+    if pool_layer.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(
+            f"paged LoRA on GPU takes bfloat16 or float16 pools, not {pool_layer.dtype}"
+        )
+    number = GROUPS.index(group)
+    targets = [TARGETS.index(name) for name in group]
+    return _group_term(
+        y,
+        x,
+        pool_layer,
+        plan.segments[number],
+        plan.num_segments[number],
+        plan.pages,
+        plan.scaling,
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        inputs=layout.in_features[targets[0]],
+        outputs=tuple(layout.out_features[target] for target in targets),
+        first_target=targets[0],
+    )
+
+
+# One traced function for all layers.
+@functools.partial(jax.jit, static_argnames=("inputs", "outputs", "first_target"))
+def _group_term(
+    y: jax.Array,
+    x: jax.Array,
+    pool_layer: jax.Array,
+    segments: jax.Array,
+    num_segments: jax.Array,
+    pages: jax.Array,
+    scaling: jax.Array,
+    layer: jax.Array,
+    *,
+    inputs: int,
+    outputs: tuple[int, ...],
+    first_target: int,
+) -> jax.Array:
+    """``y`` plus the term of one group, which starts at target ``first_target``."""
+    tokens, dtype = x.shape[0], pool_layer.dtype
+    x = _padded(x.astype(dtype), (inputs,), WINDOW * LANES).reshape(tokens, -1, WINDOW, LANES)
+    # y in place where its targets are whole blocks, as those of every large model are.
+    unit = LANES if all(f % LANES == 0 for f in outputs) else WINDOW * LANES
+    y_blocks = _padded(y.astype(dtype), outputs, unit).reshape(tokens, -1, LANES)
+    y_ref = jax.new_ref(y_blocks)
+    places = np.cumsum([0, *(-(-f // unit) * (unit // LANES) for f in outputs)])
+    _decode(
+        segments,
+        num_segments,
+        pages,
+        scaling,
+        layer,
+        x,
+        pool_layer,
+        y_ref,
+        first_target=first_target,
+        in_blocks=blocks(inputs),
+        out_blocks=tuple(blocks(f) for f in outputs),
+        places=tuple(int(place) for place in places[:-1]),
+    )
+    return _unpadded(jax.freeze(y_ref).reshape(tokens, -1), outputs, unit).astype(y.dtype)
+
+
+def _padded(values: jax.Array, features: tuple[int, ...], unit: int) -> jax.Array:
+    """[T, sum of features] → each of the features zero-padded to a multiple of ``unit``."""
+    if not any(f % unit for f in features):
+        return values
+    parts = jnp.split(values, np.cumsum(features[:-1]).tolist(), axis=1)
+    return jnp.concatenate(
+        [jnp.pad(part, ((0, 0), (0, -f % unit))) for part, f in zip(parts, features, strict=True)],
+        axis=1,
+    )
+
+
+def _unpadded(values: jax.Array, features: tuple[int, ...], unit: int) -> jax.Array:
+    """The inverse of ``_padded``."""
+    if not any(f % unit for f in features):
+        return values
+    ends = np.cumsum([-(-f // unit) * unit for f in features]).tolist()
+    parts = jnp.split(values, ends[:-1], axis=1)
+    return jnp.concatenate([p[:, :f] for p, f in zip(parts, features, strict=True)], axis=1)
+
+
+def _ceil_div(a: Any, b: Any) -> Any:
+    return lax.div(a + (b - 1), b)
+
+
+def _pick(values: tuple[int, ...], index: Any) -> Any:
+    """``values[index]`` of a few values known when compiling."""
+    result = jnp.int32(values[-1])
+    for number in range(len(values) - 1):
+        result = jnp.where(index == number, jnp.int32(values[number]), result)
+    return result
+
+
+def _add(staged: Any, y: Any, token: Any, block: Any, real: Any) -> None:
+    """Add a window staged in shared memory to y [T, blocks, 128]; what is past its end is lost.
+
+    Blocks after the ``real`` ones are zeros, and harm nobody: each addition is atomic.
+    """
+    del real
+    plgpu.copy_smem_to_gmem(staged, y.at[token, pl.ds(block, WINDOW)], reduction_op="add")
+
+
+def _decode(
+    segments: jax.Array,
+    num_segments: jax.Array,
+    pages: jax.Array,
+    scaling: jax.Array,
+    layer: jax.Array,
+    x: jax.Array,
+    pool: jax.Array,
+    y_ref: Any,
+    *,
+    first_target: int,
+    in_blocks: int,
+    out_blocks: tuple[int, ...],
+    places: tuple[int, ...],
+) -> None:
+    """Add every item's term to ``y_ref`` [T, blocks, 128]; x: [T, windows, 8, 128].
+
+    ``places``: each target's first block in y.
+    """
+    size = segments.shape[1] - TOKENS
+    dtype = pool.dtype
+    rows_per_page = pool.shape[1]
+    x_windows = x.shape[1]
+    columns = WINDOW * size
+    programs = min(PROGRAMS, segments.shape[0] * len(out_blocks))
+    used = 2 * (
+        x_windows * columns * LANES + KEPT * CHUNK * CHUNK + CHUNK * LANES + 4 * WINDOW * SUMS
+    )
+    stages = min(12, (SHARED_BYTES - used) // (CHUNK * LANES * 2))
+    ragged = any(n % WINDOW for n in out_blocks)
+    aligned = not any(place % WINDOW for place in places)  # tiles of ys must fall on y's
+
+    def body(*refs):
+        (
+            segments, num_segments, pages, scaling, layer, x, pool, y,
+            ring, xs, hs, ys, sums, h, full, empty, x_full, x_empty,
+        ) = refs  # fmt: skip
+        program = lax.axis_index("program")
+        # Back and forth over the programs: a larger item of one round, a smaller of the next.
+        count = num_segments[0] * len(out_blocks)
+        whole_rounds = lax.div(count, programs)
+        seat = jnp.where(lax.rem(whole_rounds, 2) == 0, program, programs - 1 - program)
+        rounds = whole_rounds + (seat < lax.rem(count, programs)).astype(jnp.int32)
+
+        def read_item(turn):
+            """An item's words: both warpgroups read them a turn ahead, to hide the latency."""
+            seat = jnp.where(lax.rem(turn, 2) == 0, program, programs - 1 - program)
+            item = turn * programs + seat
+            segment = lax.div(item, jnp.int32(len(out_blocks)))
+            segment = jnp.minimum(segment, segments.shape[0] - 1)
+            target = lax.rem(item, jnp.int32(len(out_blocks)))
+            rank = segments[segment, RANK + first_target + target]
+            return _Item(
+                target=target,
+                rank=jnp.maximum(rank, WINDOW),  # without the target: of rank 8, no token, no rows
+                count=jnp.where(rank > 0, segments[segment, COUNT], 0),
+                a_rows=in_blocks * rank,
+                b_rows=_pick(out_blocks, target) * rank,
+                a_row=segments[segment, A_ROW + first_target + target],
+                b_row=segments[segment, B_ROW + first_target + target],
+                pages=segments[segment, PAGES],
+                scale=scaling[layer[0], segments[segment, ADAPTER], first_target + target],
+                tokens=tuple(segments[segment, TOKENS + t] for t in range(size)),
+            )
+
+        def each_item(step):
+            """``step(turn, item, carry)`` for the program's items; returns the last carry."""
+
+            def one(turn, carry):
+                item, carry = carry
+                following = read_item(turn + 1)
+                return following, step(turn, item, carry)
+
+            return lax.fori_loop(0, rounds, one, (read_item(jnp.int32(0)), jnp.int32(0)))[1]
+
+        def each_token(item, step):
+            for t in range(size):
+                pl.when(t < item.count)(functools.partial(step, t))
+
+        @pl.when(lax.axis_index("warpgroup") == 1)
+        def _producer():
+            def copy_chunk(item, first_row, rows, chunk, sent):
+                slot = lax.rem(sent, stages)
+
+                @pl.when(sent >= stages)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+
+                def copy(first, length):
+                    """Rows of the chunk from ``first`` on, all in one page."""
+                    # Past the segment its last box again: finite, and of no consequence.
+                    box = jnp.minimum(chunk * BOXES + first // BOX, _ceil_div(rows, BOX) - 1)
+                    row = first_row + box * BOX
+                    page = pages[item.pages + lax.div(row, rows_per_page)]
+                    at = pl.multiple_of(lax.rem(row, rows_per_page), BOX)
+                    plgpu.copy_gmem_to_smem(
+                        pool.at[page, pl.ds(at, length)],
+                        ring.at[slot, pl.ds(first, length)],
+                        full.at[slot],
+                    )
+
+                if rows_per_page % CHUNK == 0:
+                    whole = (lax.rem(first_row, CHUNK) == 0) & ((chunk + 1) * CHUNK <= rows)
+                else:
+                    whole = jnp.bool_(False)
+
+                @pl.when(whole)
+                def _():
+                    copy(0, CHUNK)
+                    plgpu.barrier_arrive(full.at[slot])  # stands for the second copy
+
+                @pl.when(~whole)
+                def _():
+                    for first in range(0, CHUNK, BOX):
+                        copy(first, BOX)
+
+                return sent + 1
+
+            def copy_item(turn, item, sent):
+                classes = lax.div(item.rank, WINDOW)
+                a_chunks, b_chunks = _ceil_div(item.a_rows, CHUNK), _ceil_div(item.b_rows, CHUNK)
+
+                @pl.when(turn > 0)
+                def _():
+                    plgpu.barrier_wait(x_empty)
+
+                def copy_token(t):
+                    for w in range(x_windows):
+                        plgpu.copy_gmem_to_smem(
+                            x.at[item.tokens[t], w],
+                            xs.at[w, pl.ds(t * WINDOW, WINDOW)],
+                            x_full.at[t],
+                        )
+
+                each_token(item, copy_token)
+
+                def copy_class(k, sent):
+                    def copy_window(w, sent):
+                        return copy_chunk(item, item.a_row, item.a_rows, w * classes + k, sent)
+
+                    return lax.fori_loop(0, _ceil_div(a_chunks - k, classes), copy_window, sent)
+
+                sent = lax.fori_loop(0, jnp.minimum(classes, a_chunks), copy_class, sent)
+
+                def copy_b(chunk, sent):
+                    return copy_chunk(item, item.b_row, item.b_rows, chunk, sent)
+
+                return lax.fori_loop(0, b_chunks, copy_b, sent)
+
+            sent = each_item(copy_item)
+
+            def drain(k, carry):
+                plgpu.barrier_wait(empty.at[lax.rem(k, stages)])
+                return carry
+
+            lax.fori_loop(jnp.maximum(sent - stages, 0), sent, drain, None)
+
+            @pl.when(rounds > 0)
+            def _():
+                plgpu.barrier_wait(x_empty)
+
+        @pl.when(lax.axis_index("warpgroup") == 0)
+        def _consumer():
+            row = plgpu.broadcasted_iota(jnp.int32, (CHUNK, WINDOW), 0, layout=WGMMA)
+            column = plgpu.broadcasted_iota(jnp.int32, (CHUNK, WINDOW), 1, layout=WGMMA)
+
+            def own(rank, k):
+                """bool[64, 8]: whether a row of a class is of the window's n-th block."""
+                first = column * rank - k * CHUNK
+                return (row >= first) & (row < first + rank)
+
+            def load(ref, at):
+                """f32[64 rows, 8 tokens] of ``ref`` from row ``at`` on."""
+                return plgpu.load(ref.at[pl.ds(at, CHUNK)], layout=WGMMA, optimized=False)
+
+            def over_columns(values):
+                """Each row's sum over 8 columns, in all of them."""
+                return lax.broadcast_in_dim(values.sum(axis=1), (CHUNK, WINDOW), [0])
+
+            def multiply(acc, num_chunks, taken, operands):
+                """acc += Σ of the next chunks' products; a slot is free once the next is issued."""
+
+                def step(k, carry):
+                    slot = lax.rem(taken + k, stages)
+                    a, b = operands(k, slot)
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.wgmma(acc, a, b)
+                    plgpu.wgmma_wait(1)
+
+                    @pl.when(k > 0)
+                    def _():
+                        plgpu.barrier_arrive(empty.at[lax.rem(taken + k - 1, stages)])
+
+                    return carry
+
+                lax.fori_loop(0, num_chunks, step, None)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(empty.at[lax.rem(taken + num_chunks - 1, stages)])
+                return acc[...]
+
+            def compute_item(turn, item, taken):
+                rank, classes = item.rank, lax.div(item.rank, WINDOW)
+                a_chunks, b_chunks = _ceil_div(item.a_rows, CHUNK), _ceil_div(item.b_rows, CHUNK)
+
+                sums[...] = jnp.zeros((SUMS, WINDOW), jnp.float32)
+                each_token(item, lambda t: plgpu.barrier_wait(x_full.at[t]))
+
+                def shrink_class(k, taken):
+                    num_windows = _ceil_div(a_chunks - k, classes)
+
+                    def products(acc):
+                        return multiply(
+                            acc,
+                            num_windows,
+                            taken,
+                            lambda w, slot: (ring.at[slot], xs.at[w].transpose((1, 0))),
+                        )
+
+                    z = pl.run_scoped(products, plgpu.ACC((CHUNK, columns), jnp.float32))
+                    mine = own(rank, k)
+                    at = FRONT + lax.rem(k * CHUNK, rank)
+
+                    terms = jnp.zeros((CHUNK, WINDOW), jnp.float32)
+                    for t in range(size):
+                        of_token = z[:, t * WINDOW : (t + 1) * WINDOW]
+                        term = over_columns(jnp.where(mine, of_token, 0.0))
+                        terms = jnp.where(column == t, term, terms)
+                    sums[pl.ds(at, CHUNK)] = load(sums, at) + terms
+                    return taken + num_windows
+
+                taken = lax.fori_loop(0, jnp.minimum(classes, a_chunks), shrink_class, taken)
+                plgpu.barrier_arrive(x_empty)
+
+                # The sums lie at FRONT + i, i < rank + 64, those of one rank `rank` apart. h gets
+                # their totals with that period, so that a chunk finds its ranks in one piece.
+                pieces = jnp.where(
+                    lax.rem(jnp.int32(CHUNK), rank) == 0, 1, _ceil_div(rank + CHUNK - 8, CHUNK)
+                )
+
+                def total(piece, carry):
+                    first = piece * CHUNK
+                    below = lax.div(first + CHUNK - 1, rank)
+                    above = lax.div(jnp.maximum(rank + CHUNK - 1 - first, 0), rank)
+                    start = FRONT + first - below * rank
+
+                    def add(m, total):
+                        at = start + 2 * m * rank
+                        # A last one too many reads zeros.
+                        beside = jnp.minimum(at + rank, SUMS - CHUNK)
+                        return total + (load(sums, at) + load(sums, beside))
+
+                    nothing = jnp.zeros((CHUNK, WINDOW), jnp.float32)
+                    h[pl.ds(first, CHUNK)] = lax.fori_loop(
+                        0,
+                        _ceil_div(below + above + 1, 2),
+                        add,
+                        plgpu.layout_cast(nothing, WGMMA),
+                    )
+                    return carry
+
+                lax.fori_loop(0, pieces, total, None)
+
+                def spread(k):
+                    """Class k of H, [64 rows, token and block], into its place."""
+                    ranks, mine = load(h, lax.rem(k * CHUNK, rank)), own(rank, k)
+                    parts = []
+                    for t in range(size):
+                        of_token = over_columns(jnp.where(column == t, ranks, 0.0))
+                        parts.append(jnp.where(mine, of_token, 0.0).astype(dtype))
+                    parts += [jnp.zeros_like(parts[0])] * (CHUNK // WINDOW - size)
+                    hs[lax.rem(k, KEPT)] = jnp.concatenate(parts, axis=1)
+
+                def spread_kept(k, carry):
+                    spread(k)
+                    return carry
+
+                lax.fori_loop(0, jnp.where(classes > KEPT, 0, classes), spread_kept, None)
+                plgpu.commit_smem()
+
+                def expand_window(w, taken):
+                    num_chunks = jnp.minimum(classes, b_chunks - w * classes)
+
+                    def operands(k, slot):
+                        @pl.when(classes > KEPT)
+                        def _():
+                            spread(k)
+                            plgpu.commit_smem()
+
+                        return hs.at[lax.rem(k, KEPT)].transpose((1, 0)), ring.at[slot]
+
+                    def products(acc):
+                        return multiply(acc, num_chunks, taken, operands)
+
+                    delta = pl.run_scoped(products, plgpu.ACC((CHUNK, LANES), jnp.float32))
+                    delta = delta * item.scale
+                    left = _pick(out_blocks, item.target) - w * WINDOW
+                    if ragged:
+                        of_row = plgpu.broadcasted_iota(jnp.int32, (CHUNK, LANES), 0, layout=WGMMA)
+                        delta = jnp.where(lax.rem(of_row, WINDOW) < left, delta, 0.0)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    ys[...] = delta.astype(dtype)
+                    plgpu.commit_smem()
+                    at = _pick(places, item.target) + w * WINDOW
+
+                    def write(t):
+                        _add(ys.at[pl.ds(t * WINDOW, WINDOW)], y, item.tokens[t], at, left)
+
+                    each_token(item, write)
+                    return taken + num_chunks
+
+                return lax.fori_loop(0, _ceil_div(b_chunks, classes), expand_window, taken)
+
+            each_item(compute_item)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    tiles = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    plgpu.kernel(
+        body,
+        out_type=(),
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=2,
+        thread_name="warpgroup",
+        scratch_types=[
+            plgpu.SMEM((stages, CHUNK, LANES), dtype, transforms=tiles),
+            plgpu.SMEM((x_windows, columns, LANES), dtype, transforms=tiles),
+            plgpu.SMEM((KEPT, CHUNK, CHUNK), dtype, transforms=tiles),
+            plgpu.SMEM((CHUNK, LANES), dtype, transforms=tiles if aligned else ()),
+            plgpu.SMEM((SUMS, WINDOW), jnp.float32),
+            plgpu.SMEM((SUMS, WINDOW), jnp.float32),
+            plgpu.Barrier(num_arrivals=BOXES, num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_arrivals=x_windows, num_barriers=size),
+            plgpu.Barrier(),
+        ],
+    )(segments, num_segments, pages, scaling, layer, x, pool, y_ref)
