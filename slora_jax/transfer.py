@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 WORDS_MULTIPLE = 64
-"""A buffer is whole lines of 256 bytes: CUDA takes no other for the next one after it."""
+"""A buffer is whole lines of 256 bytes."""
 
 _WORD_TYPES = (np.dtype(np.int32), np.dtype(np.uint32), np.dtype(np.float32))
 
