@@ -1,4 +1,19 @@
-"""Paged attention on TPU (v5e, v6e) in Pallas."""
+"""Paged attention on TPU (v5e, v6e; Pallas, Mosaic TPU). Estimated and interpreted, never run.
+
+Decode: one program a row; blocks of pages are copied into a ring of four, across rows, so that a
+short row does not wait for its own. All query heads meet all rows of K of a block in one product,
+whatever head they belong to, and other heads' keys are masked: the matrix unit has time for that
+while the next block comes from HBM, and K needs no rearranging. A block is a fixed number of
+tokens of the layout, so a row's order of sums is its own. The last, short block is met by a
+quarter of the work where that suffices.
+
+Prefill: one program a tile; each KV head's K and V are taken out of the block by strided loads of
+32-bit words that hold two rows, and meet the tile's queries of their group.
+
+KV write: windows of whole groups of eight rows, which copies need: a token where 8 KV heads or
+more are here, else read, merged and written back; in prefill a whole page. No two decode rows of a
+step may write to one page, as different sequences do not. Padding writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +27,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.layout import LANES, AdapterLayout, KVLayout
+from pallas_kernels.layout import LANES, KVLayout
 from pallas_kernels.paged_attention.batch import AttentionBatch
+from pallas_kernels.tpu import VMEM_BYTES, check_support, dot
+
+__all__ = ["check_support", "decode", "kv_write", "paged_attention", "prepare"]
+
+TABLE_BYTES = 768 * 1024
+"""Most that a step's page table may take of a core's 1 MiB of scalar memory."""
 
 BUFFER_BYTES = 8 * 2**20
 """VMEM for pages in flight, in ``BUFFERS`` blocks: a block is as many tokens as fit."""
@@ -23,20 +44,6 @@ BUFFERS = 4
 
 MASKED = -1e30
 """A score that no softmax weighs; finite, so that no difference of two is NaN."""
-
-
-TPUS = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
-"""``device_kind`` of the TPUs that these kernels are compiled and estimated for."""
-
-
-def check_support(
-    device: Any, *, dtype: Any, num_heads: int, kv: KVLayout, adapters: AdapterLayout
-) -> None:
-    """Raise NotImplementedError where these kernels cannot serve."""
-    if device.device_kind not in TPUS:
-        raise NotImplementedError(f"kernels are for TPU v5e and v6e, not {device.device_kind}")
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        raise NotImplementedError(f"the TPU kernels read bfloat16, not {jnp.dtype(dtype)}")
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +89,11 @@ class Plan:
 
 def prepare(batch: AttentionBatch, layout: KVLayout, num_heads: int) -> Plan:
     """See ``api.prepare``."""
+    if 4 * batch.page_table.size > TABLE_BYTES:
+        raise NotImplementedError(
+            f"a page table of {batch.page_table.shape} does not fit the TPU's scalar memory: "
+            "larger pages, shorter requests or fewer of them would"
+        )
     num_decode = batch.num_decode
     lengths = batch.positions[:num_decode] + 1
     rows = jnp.where(lengths > 0, jnp.arange(num_decode, dtype=jnp.int32), num_decode)
@@ -191,14 +203,13 @@ def _write_kernel(
 
     def copies(step: Any, u: Any, window: Any, semaphore: Any, out: bool) -> list[Any]:
         slot = jax.lax.rem(step, 2)
-        pairs = []
+        result = []
         for part in range(parts):
             row = pl.multiple_of(first_row[window] + part * part_rows, 8)
-            pairs.append((buffers.at[slot, u, part], pool.at[pl.ds(row, rows)]))
-        return [
-            pltpu.make_async_copy(*(pair if out else pair[::-1]), semaphore.at[slot])
-            for pair in pairs
-        ]
+            here, there = buffers.at[slot, u, part], pool.at[pl.ds(row, rows)]
+            source, target = (here, there) if out else (there, here)
+            result.append(pltpu.make_async_copy(source, target, semaphore.at[slot]))
+        return result
 
     def partly(window: Any) -> Any:
         return (high[window] - low[window]) * num_kv_heads < rows
@@ -287,13 +298,13 @@ def paged_attention(
     parts = []
     if num_decode:
         table = batch.page_table[:num_decode]
-        decode = functools.partial(_decode, layout=layout, scale=scale)
-        parts.append(decode(rows[:num_decode], pool_layer, plan.lengths, plan.next_row, table))
+        attend = functools.partial(decode, layout=layout, scale=scale)
+        parts.append(attend(rows[:num_decode], pool_layer, plan.lengths, plan.next_row, table))
     if len(q) > num_decode:
         table = batch.page_table[num_decode:]
         start, count = plan.tile_start, plan.tile_count
-        tiles = functools.partial(_prefill, layout=layout, scale=scale)
-        parts.append(tiles(rows[num_decode:], pool_layer, start, count, table))
+        attend = functools.partial(_prefill, layout=layout, scale=scale)
+        parts.append(attend(rows[num_decode:], pool_layer, start, count, table))
     first = LANES - layout.padded_head_dim  # 64 where V lies behind K
     return jnp.concatenate(parts)[:, :, first : first + head_dim]
 
@@ -385,14 +396,14 @@ def _prefill_kernel(
             else:
                 k = buffers[slot, :, :part, :].reshape(flat)
                 v = buffers[slot, :, first_v:, :].reshape(flat)
-            scores = _dot(q_ref[0, head], k, transposed=True) * scale
+            scores = dot(q_ref[0, head], k, transposed=True) * scale
             scores = jnp.where(seen, scores, MASKED)
             new = jnp.maximum(largest[head], jnp.max(scores, axis=1, keepdims=True))
             weights = jnp.exp(scores - new)
             fade = jnp.exp(largest[head] - new)
             largest[head] = new
             total[head] = total[head] * fade + jnp.sum(weights, axis=1, keepdims=True)
-            acc[head] = acc[head] * fade + _dot(weights.astype(v.dtype), v)
+            acc[head] = acc[head] * fade + dot(weights.astype(v.dtype), v)
         return 0
 
     jax.lax.fori_loop(0, num_blocks, step, 0)
@@ -441,7 +452,7 @@ def _prefill(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            vmem_limit_bytes=100 * 2**20,
+            vmem_limit_bytes=VMEM_BYTES,
             disable_bounds_checks=True,
         ),
         name="paged_attention_prefill",
@@ -455,6 +466,11 @@ def _block_pages(layout: KVLayout, itemsize: int) -> int:
     page_bytes = layout.rows_per_page * LANES * itemsize
     most = max(1, 1024 // layout.page_size)
     return min(most, max(1, BUFFER_BYTES // BUFFERS // page_bytes))
+
+
+def block_tokens(layout: KVLayout, itemsize: int) -> int:
+    """Tokens a block of keys."""
+    return _block_pages(layout, itemsize) * layout.page_size
 
 
 def _decode_kernel(
@@ -538,14 +554,14 @@ def _decode_kernel(
         largest, total, acc = carry
         k = buffers[slot, :num_pages, :part, :].reshape(num_pages * part, LANES)
         v = buffers[slot, :num_pages, first_v:, :].reshape(num_pages * part, LANES)
-        scores = _dot(q, k, transposed=True) * scale + other_head[:, : num_pages * part]
+        scores = dot(q, k, transposed=True) * scale + other_head[:, : num_pages * part]
         lane = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         scores = jnp.where(lane < left * num_kv_heads, scores, MASKED)
         new = jnp.maximum(largest, jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp(scores - new)
         fade = jnp.exp(largest - new)
         total = total * fade + jnp.sum(weights, axis=1, keepdims=True)
-        return new, total, acc * fade + _dot(weights.astype(v.dtype), v)
+        return new, total, acc * fade + dot(weights.astype(v.dtype), v)
 
     few = max(1, block_pages // 4)  # a row of few tokens, or the end of one, is not worth a block
 
@@ -584,13 +600,7 @@ def _decode_kernel(
     o_ref[0] = (acc / jnp.where(total > 0, total, 1.0)).astype(o_ref.dtype)
 
 
-def _dot(left: jax.Array, right: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """``left @ right`` or ``left @ right.T``, in float32."""
-    dims = (((1,), (1 if transposed else 0,)), ((), ()))
-    return jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
-
-
-def _decode(
+def decode(
     q: jax.Array,
     pool: jax.Array,
     lengths: jax.Array,
@@ -601,6 +611,10 @@ def _decode(
     scale: float,
     context: int | None = None,
 ) -> jax.Array:
+    """Decode rows ``q`` [D, Hq, 128] against the pages of ``table`` [D, NP].
+
+    ``context``: every row's length where it is known, as only an estimate knows it; whole blocks.
+    """
     rows, heads, _ = q.shape
     block_pages = _block_pages(layout, pool.dtype.itemsize)
     part = layout.page_size * layout.num_kv_heads
@@ -631,7 +645,7 @@ def _decode(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            vmem_limit_bytes=64 * 2**20,
+            vmem_limit_bytes=VMEM_BYTES,
             disable_bounds_checks=True,
         ),
         name="paged_attention_decode",

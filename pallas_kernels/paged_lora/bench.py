@@ -230,7 +230,7 @@ def gpu_main(names: list[str], implementations: list[str]) -> None:
     def read(total: jax.Array, pools: list[jax.Array]) -> jax.Array:
         return total + sum(jnp.sum(read_pages(p)[0]) for p in pools * 4)
 
-    us = us_a_call(lambda total: read(total, pools), jnp.float32(0), 4 * LAYERS)  # noqa: B023
+    us = us_a_call(lambda total: read(total, pools), jnp.float32(0), 4 * LAYERS)
     roof = pools[0].nbytes / us / 1e3
     print(json.dumps({**header, "read_roof_gb_s": round(roof)}), flush=True)
     weight = 0.02 * jax.random.normal(jax.random.key(1), (12288, 4096), dtype)

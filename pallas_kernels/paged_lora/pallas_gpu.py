@@ -1,5 +1,7 @@
 """Paged LoRA for Hopper (Mosaic GPU, sm_90a): S-LoRA's MBGMV, shrink and expand in one launch.
 
+Prefill (MBGMM) takes the same launch, its segments merely full.
+
 The step's tokens are sorted by adapter and cut into segments of a few tokens of one adapter; an
 item is one segment and one target, and a fixed number of programs share the items, largest rank
 first. In each program one warpgroup streams the item's A, then its Bᵀ, through a ring in shared
@@ -30,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as mosaic_gpu
+from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels.layout import GROUPS, LANES, TARGETS, AdapterLayout, KVLayout, blocks
 from pallas_kernels.paged_lora.batch import LoraBatch

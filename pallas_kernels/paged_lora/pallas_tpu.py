@@ -1,4 +1,16 @@
-"""Paged LoRA on TPU (v5e, v6e) in Pallas."""
+"""Paged LoRA on TPU (v5e, v6e; Pallas, Mosaic TPU). Estimated and interpreted, never run.
+
+Tokens are sorted by adapter. An item is one target of a few adapters of one class of rank, and up
+to eight tokens of each; adapters with more tokens take several items (rounds) in a row, over rows
+that are read once. One program a item, its copies started two items ahead: each adapter's A and
+Bᵀ as runs of consecutive rows of pages, its tokens' x one by one from where they lie, and each
+token's term to where it belongs; nothing is gathered by XLA. Shrink and expand are fused by the
+block-diagonal trick: 16 column blocks of x, as rows, meet the 16 r rows of A of these blocks in
+one product, of which only a block's own r columns count; their sum, h, is laid out block-diagonally
+and meets the rows of Bᵀ likewise. So A and Bᵀ are used as they lie, for any rank. With
+several tokens a row is (block, token) instead; both forms add in the same order, so that a token's
+bits do not depend on how many share its adapter.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +23,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.layout import (
-    GROUPS,
-    LANES,
-    MAX_RANK,
-    RANK_MULTIPLE,
-    TARGETS,
-    AdapterLayout,
-    KVLayout,
-)
+from pallas_kernels.layout import GROUPS, LANES, MAX_RANK, RANK_MULTIPLE, TARGETS, AdapterLayout
 from pallas_kernels.paged_lora.batch import LoraBatch
+from pallas_kernels.tpu import VMEM_BYTES, check_support, dot
 
-TPUS = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
-"""``device_kind`` of the TPUs that these kernels are compiled and estimated for."""
+__all__ = ["check_support", "decode", "paged_lora", "prepare"]
 
 CLASSES = (8, 16, 32, 64, 128, 256)
 """Ranks that have code of their own; others lie in VMEM as the next of them, with zeros between."""
@@ -38,22 +42,13 @@ chain of dependent steps longer than the time its bytes take."""
 BLOCK_MULTIPLE = 16
 """Blocks of x and y are padded to this, the blocks in 128 rows of rank 8."""
 
-C256 = 16
+DEPTH = 3
+"""Items whose copies are under way: one takes less time than a copy's latency."""
+
 Y_DEPTH = 2
-DEPTH = 4
-"""Items in flight: one alone takes less time than a copy's latency."""
+"""Items whose terms are on their way out, the one being computed included."""
 
 ITEM_FIELDS = 6  # class, target's place in the group, first member, members, round, buffer
-
-
-def check_support(
-    device: Any, *, dtype: Any, num_heads: int, kv: KVLayout, adapters: AdapterLayout
-) -> None:
-    """Raise NotImplementedError where these kernels cannot serve."""
-    if device.device_kind not in TPUS:
-        raise NotImplementedError(f"kernels are for TPU v5e and v6e, not {device.device_kind}")
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        raise NotImplementedError(f"the TPU kernels read bfloat16, not {jnp.dtype(dtype)}")
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +77,13 @@ class Plan:
     """i32[groups]."""
 
 
-def _in_parallel(rank: int) -> int:
+def _chunk_rows(rank: int) -> int:
+    """Rows of A or Bᵀ a product with several tokens: 16 blocks of rank 8, else v6e's 256 rows."""
+    return LANES if rank == RANK_MULTIPLE else 2 * LANES
+
+
+def in_parallel(rank: int) -> int:
+    """Adapters of an item."""
     return max(1, PARALLEL_RANKS // rank)
 
 
@@ -112,7 +113,7 @@ def prepare(batch: LoraBatch, layout: AdapterLayout) -> Plan:
     of_rank = jnp.take_along_axis(of_rank, members, axis=1)
     rounds = jnp.where(of_rank < num_classes, rounds[members], 0)
 
-    parallel = jnp.array([*map(_in_parallel, CLASSES), 1], jnp.int32)
+    parallel = jnp.array([*map(in_parallel, CLASSES), 1], jnp.int32)
     in_class = jnp.sum(
         of_rank[:, None, :] == jnp.arange(num_classes + 1, dtype=jnp.int32)[None, :, None],
         axis=2,
@@ -162,7 +163,7 @@ def paged_lora(
     batch, number = plan.batch, GROUPS.index(group)
     targets = [TARGETS.index(name) for name in group]
     these = slice(targets[0], targets[-1] + 1)
-    delta = _decode(
+    delta = decode(
         _to_blocks(x, BLOCK_MULTIPLE),
         pool_layer,
         plan.num_items[number].reshape(1),
@@ -239,9 +240,6 @@ def _kernel(
     total = num_items[0] if fixed is None else fixed[0]
     sent = [_padded(blocks, 8) for blocks in out_blocks]
 
-    def chunk_rows_of(rank: int) -> int:
-        return LANES if rank < C256 else 2 * LANES
-
     def of_target(values: list[int] | tuple[int, ...], place: jax.Array) -> Any:
         """``values[place]`` of Python numbers."""
         result: Any = values[0]
@@ -291,7 +289,7 @@ def _kernel(
 
     def num_tokens_of(item: Any) -> Any:
         if fixed is not None:
-            return _in_parallel(classes[fixed[1]])
+            return in_parallel(classes[fixed[1]])
 
         def add(u: Any, total: Any) -> Any:
             adapter = members[field(item, 1) * num_adapters + field(item, 2) + u]
@@ -470,8 +468,8 @@ def _kernel(
         """Members of one token each: rows are column blocks."""
         parity, buffer = jax.lax.rem(item, Y_DEPTH), buffer_of(item)
         place = jax.lax.rem(item, DEPTH)
-        chunk_rows, unit = chunk_rows_of(rank), BLOCK_MULTIPLE * rank
-        parallel = range(_in_parallel(rank))
+        chunk_rows, unit = _chunk_rows(rank), BLOCK_MULTIPLE * rank
+        parallel = range(in_parallel(rank))
         row = jax.lax.broadcasted_iota(jnp.int32, (BLOCK_MULTIPLE, unit), 0)
         own = jax.lax.broadcasted_iota(jnp.int32, (BLOCK_MULTIPLE, unit), 1) // rank == row
 
@@ -479,7 +477,7 @@ def _kernel(
             first = _multiple_of(index * BLOCK_MULTIPLE, BLOCK_MULTIPLE)
             return tuple(
                 total
-                + _dot(
+                + dot(
                     x_in[place, u * SLOTS, pl.ds(first, BLOCK_MULTIPLE), :],
                     weights[buffer, pl.ds(unit_row(u, False, index, rank), unit), :],
                     transposed=True,
@@ -500,7 +498,7 @@ def _kernel(
             first = _multiple_of(index * BLOCK_MULTIPLE, BLOCK_MULTIPLE)
             for u in parallel:
                 rows = weights[buffer, pl.ds(unit_row(u, True, index, rank), unit), :]
-                y_out[parity, u * SLOTS, pl.ds(first, BLOCK_MULTIPLE), :] = _dot(hidden[u], rows)
+                y_out[parity, u * SLOTS, pl.ds(first, BLOCK_MULTIPLE), :] = dot(hidden[u], rows)
             return 0
 
         _loop(out_trips(item), expand, 0)
@@ -510,11 +508,11 @@ def _kernel(
         """Up to eight tokens a member: rows are (column block, token)."""
         parity, buffer = jax.lax.rem(item, Y_DEPTH), buffer_of(item)
         place = jax.lax.rem(item, DEPTH)
-        chunk_rows = chunk_rows_of(rank)
+        chunk_rows = _chunk_rows(rank)
         blocks = chunk_rows // rank  # column blocks in a chunk
         steps = BLOCK_MULTIPLE // blocks
         width = blocks * SLOTS
-        parallel = range(_in_parallel(rank))
+        parallel = range(in_parallel(rank))
         own_block = jax.lax.broadcasted_iota(jnp.int32, (SLOTS, chunk_rows), 1) // rank
 
         def chunk(u: int, of_b: bool, index: Any, step: int) -> jax.Array:
@@ -535,7 +533,7 @@ def _kernel(
             for u in parallel:
                 for step in range(steps):
                     rows = x_rows[u, rows_of(index, step), :].astype(weights.dtype)
-                    product = _dot(rows, chunk(u, False, index, step), transposed=True)
+                    product = dot(rows, chunk(u, False, index, step), transposed=True)
                     sums[u * steps + step] += product
             return tuple(sums)
 
@@ -557,9 +555,7 @@ def _kernel(
         def expand(index: Any, _: Any) -> Any:
             for u in parallel:
                 for step in range(steps):
-                    y_rows[u, rows_of(index, step), :] = _dot(
-                        hidden[u], chunk(u, True, index, step)
-                    )
+                    y_rows[u, rows_of(index, step), :] = dot(hidden[u], chunk(u, True, index, step))
             return 0
 
         _loop(out_trips(item), expand, 0)
@@ -624,13 +620,7 @@ def _loop(trips: Any, body: Any, carry: Any) -> Any:
     return jax.lax.fori_loop(0, trips, body, carry)
 
 
-def _dot(left: jax.Array, right: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """``left @ right`` or ``left @ right.T``, in float32."""
-    dims = (((1,), (1 if transposed else 0,)), ((), ()))
-    return jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
-
-
-def _decode(
+def decode(
     x: jax.Array,
     pool: jax.Array,
     *metadata: jax.Array,
@@ -639,10 +629,15 @@ def _decode(
     classes: tuple[int, ...],
     fixed: tuple[int, int] | None = None,
 ) -> jax.Array:
+    """The terms of one group's targets, f32[T, output blocks, 128]; of base tokens, garbage.
+
+    ``x`` [T, blocks, 128], zeros behind its inputs; ``metadata`` as ``_kernel`` has it. ``fixed``:
+    (items, class of them all) of single tokens, which only an estimate knows.
+    """
     num_tokens, x_blocks, _ = x.shape
     y_blocks = _padded(max(out_blocks), BLOCK_MULTIPLE)
-    most = max(_in_parallel(rank) for rank in classes)
-    rows = max(_in_parallel(rank) * (x_blocks + y_blocks) * rank for rank in classes)
+    most = max(in_parallel(rank) for rank in classes)
+    rows = max(in_parallel(rank) * (x_blocks + y_blocks) * rank for rank in classes)
     out_rows = sum(_padded(blocks, 8) for blocks in out_blocks)
     kernel = functools.partial(
         _kernel,
@@ -672,7 +667,7 @@ def _decode(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            vmem_limit_bytes=100 * 2**20,
+            vmem_limit_bytes=VMEM_BYTES,
             disable_bounds_checks=True,
         ),
         name="paged_lora_decode",
