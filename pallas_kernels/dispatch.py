@@ -68,3 +68,12 @@ def choose(
             raise
         return "xla"
     return name
+
+
+def check_step(name: str, *, tile: int, table_entries: int) -> None:
+    """Raise NotImplementedError where ``name`` cannot compute steps with prefill tiles of ``tile``
+    tokens and page tables of so many entries in all.
+    """
+    check = getattr(implementation("paged_attention", name), "check_step", None)
+    if check is not None:
+        check(tile=tile, table_entries=table_entries)

@@ -136,6 +136,13 @@ class LLM:
         max_model_len = _max_model_len(
             config, model.max_position_embeddings, (num_pages - 1) * kv.page_size
         )
+        table_rows = config.max_num_seqs + prefill_tokens // tile
+        try:
+            dispatch.check_step(
+                kernels, tile=tile, table_entries=table_rows * -(-max_model_len // kv.page_size)
+            )
+        except NotImplementedError as error:
+            raise ConfigError(f"the {kernels} kernels do not take {error}") from error
         try:
             runner = ModelRunner(
                 self._loaded.model,

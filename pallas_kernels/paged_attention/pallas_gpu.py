@@ -131,21 +131,24 @@ class Work:
     """Splits of a row as long as the page table is wide."""
 
 
+def check_step(*, tile: int, **_: Any) -> None:
+    """See ``dispatch.check_step``."""
+    if tile % TILE:
+        raise NotImplementedError(f"prefill tiles of {tile} tokens: give a multiple of {TILE}")
+
+
 def prepare(batch: AttentionBatch, layout: KVLayout, num_heads: int) -> Work:
     """See ``api.prepare``: the work lists."""
     num_decode, tile = batch.num_decode, batch.tile
     num_rows, num_pages = batch.page_table.shape
-    if num_rows > num_decode and (tile % 8 or (tile > TILE and tile % TILE)):
-        raise NotImplementedError(
-            f"tiles of {tile} tokens: a multiple of {TILE}, or 8, 16, … {TILE}"
-        )
-    span = min(max(tile, 1), TILE)
+    if num_rows > num_decode:
+        check_step(tile=tile)
     max_keys = num_pages * layout.page_size
     split = _split_tokens(layout)
     rows, streams = _decode_work(
         jnp.asarray(batch.positions[:num_decode]) + 1, split, max_keys, layout.num_kv_heads
     )
-    positions = jnp.asarray(batch.positions[num_decode:]).reshape(-1, span)
+    positions = jnp.asarray(batch.positions[num_decode:]).reshape(-1, TILE)
     keys = jnp.max(positions, axis=1, initial=-1) + 1
     number = jnp.arange(len(keys), dtype=jnp.int32)
     tiles = jnp.stack([number, positions[:, 0], keys], axis=1)
@@ -239,13 +242,12 @@ def paged_attention(
     q: jax.Array, pool_layer: jax.Array, work: Work, *, layout: KVLayout, scale: float
 ) -> jax.Array:
     """See ``api.paged_attention``."""
-    tokens, num_heads, head_dim = q.shape
+    _, num_heads, head_dim = q.shape
     _check_shapes(q.dtype, num_heads, layout)
     if q.dtype != pool_layer.dtype:
         raise NotImplementedError(f"queries of {q.dtype} with a pool of {pool_layer.dtype}")
-    # The copy engine moves whole groups of 8 rows; short tiles read past their end.
-    past = max(TILE - work.tile, 0) if len(work.tiles) else 0
-    padding = ((0, past), (0, -num_heads % 8), (0, layout.padded_head_dim - head_dim))
+    # The copy engine moves whole groups of 8 rows.
+    padding = ((0, 0), (0, -num_heads % 8), (0, layout.padded_head_dim - head_dim))
     q = jnp.pad(q, padding)
     out_ref = jax.new_ref(jnp.empty(q.shape, q.dtype))
     static = {"layout": layout, "num_heads": num_heads, "scale": scale * LOG2_E}
@@ -255,7 +257,7 @@ def paged_attention(
             _merge(partial, lse, work, out_ref)
     if len(work.tiles):
         _prefill(q, pool_layer, work, out_ref, **static)
-    return jax.freeze(out_ref)[:tokens, :num_heads, :head_dim]
+    return jax.freeze(out_ref)[:, :num_heads, :head_dim]
 
 
 def _decode(
@@ -508,7 +510,6 @@ def _prefill(
     boxes = KEYS // box
     num_pages, num_decode = work.num_pages, len(work.rows)
     half = TILE // 2
-    span = min(work.tile, TILE)
 
     def body(pages_ref, tiles_ref, q_ref, pool_ref, out_ref, scratch):
         tile, head = lax.axis_index("tile"), lax.axis_index("head")
@@ -521,7 +522,7 @@ def _prefill(
         @pl.when(thread == 2)
         def _load():
             plgpu.set_max_registers(40, action="decrease")
-            row = num_decode + lax.div(number * span, work.tile)
+            row = num_decode + lax.div(number * TILE, work.tile)
             kv_head = lax.div(head, group)
 
             def load_block(block, _):
@@ -557,7 +558,7 @@ def _prefill(
         @pl.when(thread < 2)
         def _compute():
             plgpu.set_max_registers(232, action="increase")
-            first = num_decode + number * span + thread * half
+            first = num_decode + number * TILE + thread * half
             position = start + thread * half
             q_tile = q_smem.at[thread]
             plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(first, half), head], q_tile, q_full.at[thread])
@@ -615,16 +616,7 @@ def _prefill(
             token = plgpu.broadcasted_iota(jnp.int32, out.shape, 0, layout=plgpu.Layout.WGMMA)
             q_tile[...] = jnp.where(token + position < keys, out, jnp.zeros_like(out))
             plgpu.commit_smem()
-            for warpgroup in range(2):
-                tokens = min(half, span - warpgroup * half)
-                if tokens > 0:
-
-                    @pl.when(thread == warpgroup)
-                    def _(tokens=tokens):
-                        plgpu.copy_smem_to_gmem(
-                            q_tile.at[pl.ds(0, tokens)], out_ref.at[pl.ds(first, tokens), head]
-                        )
-
+            plgpu.copy_smem_to_gmem(q_tile, out_ref.at[pl.ds(first, half), head])
             plgpu.wait_smem_to_gmem(0)
 
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))

@@ -87,13 +87,18 @@ class Plan:
     """Of the decode rows, and of the prefill tiles."""
 
 
+def check_step(*, table_entries: int, **_: Any) -> None:
+    """See ``dispatch.check_step``."""
+    if 4 * table_entries > TABLE_BYTES:
+        raise NotImplementedError(
+            f"page tables of {table_entries} entries do not fit the TPU's scalar memory: larger "
+            "pages (page_size), shorter requests (max_model_len) or fewer (max_num_seqs) would"
+        )
+
+
 def prepare(batch: AttentionBatch, layout: KVLayout, num_heads: int) -> Plan:
     """See ``api.prepare``."""
-    if 4 * batch.page_table.size > TABLE_BYTES:
-        raise NotImplementedError(
-            f"a page table of {batch.page_table.shape} does not fit the TPU's scalar memory: "
-            "larger pages, shorter requests or fewer of them would"
-        )
+    check_step(table_entries=batch.page_table.size)
     num_decode = batch.num_decode
     lengths = batch.positions[:num_decode] + 1
     rows = jnp.where(lengths > 0, jnp.arange(num_decode, dtype=jnp.int32), num_decode)

@@ -137,7 +137,7 @@ def check_neighbours(implementation, **options):
     )
     case = make(np.random.default_rng(20))
     alone, _ = run_case(case, implementation)
-    rows = {40: [0], 30: list(range(2, 10))}
+    rows = {40: [0], 30: list(range(2, 10))}  # the decode row of 40 keys, the first tile's tokens
 
     other = make(np.random.default_rng(21))  # shuffled otherwise, other values everywhere
     pool = other.pool.copy()

@@ -73,16 +73,22 @@ CASES = {
         "heads": (3, 3),
         "page_size": 64,
     },
-    "mixed, short tiles": {
+    "mixed": {
         "decode": [30, 2],
-        "prefill": [(0, 5), (150, 9), (20, 13)],
-        "tile": 8,
+        "prefill": [(0, 5), (150, 9)],
+        "tile": 128,
         "pad_tiles": 1,
         "heads": (2, 1),
         "head_dim": 80,
         "page_size": 32,
     },
-    "padding only": {"decode": [], "prefill": [], "pad_decode": 2, "pad_tiles": 1},
+    "padding only": {
+        "decode": [],
+        "prefill": [],
+        "pad_decode": 2,
+        "pad_tiles": 1,
+        "tile": 128,
+    },
 }
 
 
@@ -96,7 +102,7 @@ def test_interpreted(name, interpreted):
 
 @interpreted_only
 def test_neighbours_interpreted(interpreted):
-    suite.check_neighbours("gpu", dtype=dtype_of("bfloat16"))
+    suite.check_neighbours("gpu", dtype=dtype_of("bfloat16"), tile=128)
 
 
 @interpreted_only
@@ -138,7 +144,7 @@ def test_cases_on_gpu(name):
 
 @pytest.mark.gpu
 def test_neighbours_on_gpu():
-    suite.check_neighbours("gpu", dtype=dtype_of("bfloat16"))
+    suite.check_neighbours("gpu", dtype=dtype_of("bfloat16"), tile=128)
 
 
 @pytest.mark.gpu
