@@ -302,18 +302,17 @@ def baseline(
 def print_row(name: str, m: dict[str, float], base: float | None) -> None:
     """Three lines for people."""
     retention = "" if base is None else f", {m['output_tokens_per_s'] / base:.1%} of the base"
+    counts = ", ".join(f"{int(m[key])} {key}" for key in ("swap_ins", "preemptions", "compiles"))
+    times = "; ".join(
+        f"{what} " + " / ".join(f"{1e3 * m[f'{what}_p{p}']:.1f}" for p in (50, 90, 99))
+        for what in ("ttft", "tpot", "latency")
+    )
     print(
-        f"{name}: {m['output_tokens_per_s']:.1f} output tokens/s, {m['requests_per_s']:.2f} "
-        f"requests/s{retention}\n"
+        f"{name}: {m['output_tokens_per_s']:.1f} output tokens/s, "
+        f"{m['requests_per_s']:.2f} requests/s{retention}\n"
         f"  {int(m['steps'])} steps of {m['ms_per_step']:.2f} ms, "
-        f"padding {m['padding_share']:.1%}, {int(m['swap_ins'])} swap-ins, {int(m['preemptions'])} preemptions, "
-        f"{int(m['compiles'])} compiles\n"
-        + "  ms at p50 / p90 / p99: "
-        + "; ".join(
-            f"{what} " + " / ".join(f"{1e3 * m[f'{what}_p{p}']:.1f}" for p in (50, 90, 99))
-            for what in ("ttft", "tpot", "latency")
-        )
-        + f"; SLO {m['slo_attainment']:.3f}",
+        f"padding {m['padding_share']:.1%}, {counts}\n"
+        f"  ms at p50 / p90 / p99: {times}; SLO {m['slo_attainment']:.3f}",
         flush=True,
     )
 

@@ -233,17 +233,20 @@ def gpu_main(names: list[str], implementations: list[str]) -> None:
     us = us_a_call(lambda total: read(total, pools), jnp.float32(0), 4 * LAYERS)
     roof = pools[0].nbytes / us / 1e3
     print(json.dumps({**header, "read_roof_gb_s": round(roof)}), flush=True)
-    weight = 0.02 * jax.random.normal(jax.random.key(1), (12288, 4096), dtype)
+    weights = [
+        0.02 * jax.random.normal(key, (12288, 4096), dtype)
+        for key in jax.random.split(jax.random.key(1), LAYERS)
+    ]
     x = jax.random.normal(jax.random.key(2), (4096, 4096), dtype)
 
+    # A weight and a result of its own each, or XLA would compute one for all.
     @functools.partial(jax.jit, donate_argnums=0)
-    def base(y: jax.Array, x: jax.Array, weight: jax.Array) -> jax.Array:
-        for _ in range(8):
-            after, _ = jax.lax.optimization_barrier((x, y))
-            y = jax.lax.dot_general(after, weight, (((1,), (1,)), ((), ())))
-        return y
+    def base(ys: list[jax.Array], x: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:
+        del ys
+        return [jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))) for w in weights]
 
-    us = us_a_call(lambda y: base(y, x, weight), jnp.zeros((4096, 12288), dtype), 8)
+    ys = [jnp.zeros((4096, 12288), dtype) for _ in weights]
+    us = us_a_call(lambda ys: base(ys, x, weights), ys, LAYERS)
     line = {**header, "step": "base qkv matmul of 4096 tokens", "us": round(us, 1)}
     print(json.dumps(line), flush=True)
     for name in names:
