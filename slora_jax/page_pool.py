@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slora_jax.transfer import Packed, pack, unpack
-
 Pool = tuple[jax.Array, ...]
 
 SWAP_IN_PAGES = (8, 4, 2, 1)
@@ -31,10 +29,8 @@ def allocate_pool(
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_pages(pool: Pool, packed_ids: Packed, pages: jax.Array) -> Pool:
-    """``pages`` [layers, n, rows, 128] into pages ``packed_ids`` (i32[n]) of each layer, in
-    place."""
-    page_ids = unpack(packed_ids)
+def _write_pages(pool: Pool, page_ids: jax.Array, pages: jax.Array) -> Pool:
+    """``pages`` [layers, n, rows, 128] into pages ``page_ids`` i32[n] of each layer, in place."""
 
     def write_layer(layer_pool: jax.Array, layer_pages: jax.Array) -> jax.Array:
         for index in range(layer_pages.shape[0]):
@@ -54,9 +50,7 @@ def swap_in(pool: Pool, page_ids: Sequence[int], pages: np.ndarray) -> Pool:
     start = 0
     while start < len(page_ids):
         count = next(size for size in SWAP_IN_PAGES if size <= len(page_ids) - start)
-        # A whole line, like every transfer: on CUDA (jax 0.11.2) one of 8 bytes seems to leave the
-        # next at an address that a program refuses.
-        ids = pack(np.asarray(page_ids[start : start + count], np.int32))
+        ids = np.asarray(page_ids[start : start + count], np.int32)
         pool = _write_pages(pool, ids, pages[:, start : start + count])
         start += count
     return pool

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-WORDS_MULTIPLE = 64
-"""A buffer is whole lines of 256 bytes."""
+ALIGNMENT = 64
+"""Words at whose multiples each leaf starts: XLA hands a slice to a kernel where it lies, and
+Mosaic GPU takes no buffer that does not start at a multiple of 256 bytes."""
 
 _WORD_TYPES = (np.dtype(np.int32), np.dtype(np.uint32), np.dtype(np.float32))
 
@@ -35,7 +36,7 @@ class Packed:
     """A pytree of 32-bit arrays on its way to the device."""
 
     words: jax.Array | np.ndarray
-    """i32[sum of the leaves' sizes]."""
+    """i32[sum of the leaves' sizes, each rounded up to ALIGNMENT]."""
 
     spec: Spec = dataclasses.field(metadata={"static": True})
 
@@ -45,12 +46,11 @@ def pack(tree: Any) -> Packed:
     leaves, structure = jax.tree.flatten(tree)
     for leaf in leaves:
         assert leaf.dtype in _WORD_TYPES, leaf.dtype
-    size = sum(leaf.size for leaf in leaves)
-    words = np.zeros(-(-size // WORDS_MULTIPLE) * WORDS_MULTIPLE, np.int32)
+    words = np.zeros(sum(_aligned(leaf.size) for leaf in leaves), np.int32)
     start = 0
     for leaf in leaves:
         words[start : start + leaf.size] = leaf.reshape(-1).view(np.int32)
-        start += leaf.size
+        start += _aligned(leaf.size)
     return Packed(words, Spec(structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)))
 
 
@@ -61,5 +61,9 @@ def unpack(packed: Packed) -> Any:
         size = math.prod(shape)
         leaf = jax.lax.slice(packed.words, (start,), (start + size,)).reshape(shape)
         leaves.append(jax.lax.bitcast_convert_type(leaf, dtype))
-        start += size
+        start += _aligned(size)
     return packed.spec.structure.unflatten(leaves)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

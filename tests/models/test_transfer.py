@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from slora_jax.transfer import WORDS_MULTIPLE, pack, unpack
+from slora_jax.transfer import ALIGNMENT, pack, unpack
 
 
 def test_a_tree_comes_back_bit_for_bit():
@@ -19,7 +19,7 @@ def test_a_tree_comes_back_bit_for_bit():
     }
     tree["scaling"][0, 0, 0] = np.nan
     packed = pack(tree)
-    assert packed.words.size % WORDS_MULTIPLE == 0
+    assert packed.words.size % ALIGNMENT == 0
     back = jax.jit(unpack)(packed)
     assert back["absent"] is None
     for name in ("ids", "empty", "scaling", "seed"):
@@ -34,6 +34,11 @@ def test_equal_shapes_share_a_program():
     assert program._cache_size() == 1
     program(pack({"x": np.zeros(4, np.int32)}))
     assert program._cache_size() == 2
+
+
+def test_leaves_start_where_kernels_can_read_them():
+    packed = pack([np.full(n, n, np.int32) for n in (1, 65, 3)])
+    assert [int(np.flatnonzero(packed.words == n)[0]) for n in (1, 65, 3)] == [0, 64, 192]
 
 
 def test_packing_copies():
