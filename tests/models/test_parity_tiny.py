@@ -141,9 +141,9 @@ def test_one_program_or_one_a_layer_give_the_same_hidden_states(served: Served):
     whole = WholeForward(served.llm._loaded.model, runner.view)
     differences = []
 
-    def both(pool, batch):
-        of_whole, _ = whole(jax.tree.map(jnp.copy, pool), batch)
-        hidden, pool = layered(pool, batch)
+    def both(pool, sampled, batch):
+        of_whole, _ = whole(jax.tree.map(jnp.copy, pool), sampled, batch)
+        hidden, pool = layered(pool, sampled, batch)
         differences.append(float(jnp.max(jnp.abs(hidden - of_whole))))
         return hidden, pool
 
