@@ -46,7 +46,7 @@ class PackedAdapter:
     nbytes: int
     """CPU memory that the buffers take."""
     pages: Any
-    """[layers, num_pages, rows, 128], opaque here."""
+    """Runs of pages (``page_pool.HostPages``), opaque here."""
     scaling: Any
     """f32[layers, targets], opaque here."""
 

@@ -37,6 +37,7 @@ from slora_jax.errors import (
 from slora_jax.model_runner import ModelRunner
 from slora_jax.models.llama import PoolView
 from slora_jax.outputs import EngineStats, RequestOutput
+from slora_jax.page_pool import HostMemory
 from slora_jax.sampling_params import SamplingParams
 from slora_jax.sharding import single_device_mesh
 
@@ -88,6 +89,7 @@ class LLM:
         config = _engine_config(config, options)
         self._device = jax.devices()[0]
         self._dtype = _choose_dtype(config, self._device)
+        self._host = HostMemory.of(self._device)
         mesh = single_device_mesh(self._device)
         if config.compilation_cache and self._device.platform != "cpu":
             loading.keep_compiled_programs()
@@ -355,7 +357,13 @@ class LLM:
                     "such as config={'r': 8, 'lora_alpha': 16, 'target_modules': ['q_proj']}"
                 )
             packed = loading.adapter_from_arrays(
-                source, config, about, layout, self._dtype, source=f"adapter {name!r}"
+                source,
+                config,
+                about,
+                layout,
+                self._dtype,
+                self._host,
+                source=f"adapter {name!r}",
             )
             reload = None
         else:
@@ -364,7 +372,7 @@ class LLM:
                     f"adapter {name!r} is a directory and has its own adapter_config.json: "
                     "give config only together with arrays"
                 )
-            reload = loading.adapter_loader(source, about, layout, self._dtype)
+            reload = loading.adapter_loader(source, about, layout, self._dtype, self._host)
             packed = reload()
         with self._lock:
             info = self._engine.register_adapter(name, packed, reload)

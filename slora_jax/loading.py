@@ -28,6 +28,7 @@ from slora_jax.adapter_store import PackedAdapter
 from slora_jax.errors import AdapterLoadError, InvalidRequestError, ModelLoadError, SloraError
 from slora_jax.layers.rope import RopeScaling
 from slora_jax.models.llama import Llama, LlamaConfig
+from slora_jax.page_pool import SWAP_IN_PAGES, HostMemory
 from slora_jax.sharding import named_sharding
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ def adapter_loader(
     hyperparameters: Mapping[str, Any],
     layout: AdapterLayout,
     dtype: jnp.dtype,
+    host: HostMemory,
 ) -> Callable[[], PackedAdapter]:
     """A function that reads the PEFT directory (or hub id) ``source`` into page form.
 
@@ -199,7 +201,7 @@ def adapter_loader(
     def load() -> PackedAdapter:
         with _raising(AdapterLoadError, "adapter", directory):
             adapter = peft_lora.read_peft_adapter(directory, dict(hyperparameters))
-        return pack_adapter(adapter, hyperparameters["num_layers"], layout, dtype)
+        return pack_adapter(adapter, hyperparameters["num_layers"], layout, dtype, host)
 
     with _raising(AdapterLoadError, "adapter", source):
         directory = sources.resolve_adapter(source).resolve()
@@ -212,6 +214,7 @@ def adapter_from_arrays(
     hyperparameters: Mapping[str, Any],
     layout: AdapterLayout,
     dtype: jnp.dtype,
+    host: HostMemory,
     *,
     source: str,
 ) -> PackedAdapter:
@@ -238,13 +241,17 @@ def adapter_from_arrays(
             f"{source}: give its tensors by PEFT's names, and a config of such plain values as "
             f"adapter_config.json has: {error}"
         ) from error
-    return pack_adapter(adapter, hyperparameters["num_layers"], layout, dtype)
+    return pack_adapter(adapter, hyperparameters["num_layers"], layout, dtype, host)
 
 
 def pack_adapter(
-    adapter: LoraAdapter, num_layers: int, layout: AdapterLayout, dtype: jnp.dtype
+    adapter: LoraAdapter,
+    num_layers: int,
+    layout: AdapterLayout,
+    dtype: jnp.dtype,
+    host: HostMemory,
 ) -> PackedAdapter:
-    """LoRA pairs → pages [layers, pages, rows, 128] in the pool's dtype.
+    """LoRA pairs → pages [layers, pages, rows, 128] in the pool's dtype, in ``host``.
 
     A target's rank is its largest over the layers; layers without it hold zeros, since a page id
     means the same page in every layer.
@@ -268,7 +275,7 @@ def pack_adapter(
         ranks=tuple(ranks),
         num_pages=pages.shape[1],
         nbytes=pages.nbytes,
-        pages=pages,
+        pages=host.place(pages),
         scaling=scaling,
     )
 
@@ -282,8 +289,8 @@ def dummy_adapters(
 ) -> Iterator[PackedAdapter]:
     """Distinct random adapters, one for each rank in turn, in page form: for benchmarks.
 
-    They are views into one random block, so that thousands fit in memory; A and B have deviation
-    0.02, scaling is 2. Ranks are multiples of 8, and each A and B fills whole segments.
+    Views into one random block, which stays in plain memory, so that thousands fit; A and B have
+    deviation 0.02, scaling is 2. Ranks are multiples of 8, and each A and B fills whole segments.
     """
     pages_of = {
         rank: layout.num_pages([rank if t in targets else 0 for t in TARGETS])
@@ -304,9 +311,21 @@ def dummy_adapters(
             ranks=ranks,
             num_pages=shape[1],
             nbytes=math.prod(shape) * block.itemsize,
-            pages=block[first : first + math.prod(shape)].reshape(shape),
+            pages=_runs_of(block[first:], shape),
             scaling=np.full((num_layers, len(TARGETS)), 2.0, np.float32),
         )
+
+
+def _runs_of(block: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Pages of ``shape`` [layers, n, rows, 128] as HostPages that are views into ``block``."""
+    runs, start, left = [], 0, shape[1]
+    while left:
+        count = next(size for size in SWAP_IN_PAGES if size <= left)
+        run = (shape[0], count, *shape[2:])
+        runs.append(block[start : start + math.prod(run)].reshape(run))
+        start += math.prod(run)
+        left -= count
+    return tuple(runs)
 
 
 def adapter_layout(config: LlamaConfig, rows_per_page: int) -> AdapterLayout:

@@ -1,14 +1,17 @@
 """The device buffer that KV cache and adapters share, and the copy that brings an adapter in.
 
-Owns one array ``[pages, rows, 128]`` per layer. It is preallocated once, donated through every step
-and every swap-in, so that device memory neither grows nor fragments. It refuses to know who owns
-which page: that is the page allocator's.
+Owns what adapters' pages look like in CPU memory, and one array ``[pages, rows, 128]`` per layer on
+the device. The latter is preallocated once, donated through every step and every swap-in, so that
+device memory neither grows nor fragments. It refuses to know who owns which page: that is the page
+allocator's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +19,43 @@ import numpy as np
 
 Pool = tuple[jax.Array, ...]
 
+HostPages = tuple[np.ndarray | jax.Array, ...]
+"""An adapter in CPU memory: runs of its pages, each [layers, n, rows, 128] with n of
+SWAP_IN_PAGES."""
+
 SWAP_IN_PAGES = (8, 4, 2, 1)
-"""Pages of one swap-in call, the largest that fits first: few compiled programs, and no padding."""
+"""Pages of one copy, the largest that fits first: few compiled programs, and no padding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HostMemory:
+    """Where adapters wait for their turn: pinned memory where copies to the device come out of it.
+
+    From pinned memory a copy runs beside the device's work and the host does not wait; out of
+    plain memory the host itself copies first.
+    """
+
+    pinned: jax.sharding.Sharding | None
+    """Where ``place`` puts runs of pages; None leaves them as NumPy arrays."""
+
+    @classmethod
+    def of(cls, device: Any) -> HostMemory:
+        """What suits ``device``: pinned memory, but for a CPU, whose memory is the device's."""
+        kinds = {memory.kind for memory in device.addressable_memories()}
+        if device.platform == "cpu" or "pinned_host" not in kinds:
+            return cls(None)
+        return cls(jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host"))
+
+    def place(self, pages: np.ndarray) -> HostPages:
+        """``pages`` [layers, n, rows, 128] as runs, each contiguous and ready to be copied."""
+        runs: list[np.ndarray | jax.Array] = []
+        start = 0
+        while start < pages.shape[1]:
+            count = next(size for size in SWAP_IN_PAGES if size <= pages.shape[1] - start)
+            run = np.ascontiguousarray(pages[:, start : start + count])
+            runs.append(run if self.pinned is None else jax.device_put(run, self.pinned))
+            start += count
+        return tuple(runs)
 
 
 def allocate_pool(
@@ -42,15 +80,16 @@ def _write_pages(pool: Pool, page_ids: jax.Array, pages: jax.Array) -> Pool:
     return tuple(write_layer(layer_pool, pages[i]) for i, layer_pool in enumerate(pool))
 
 
-def swap_in(pool: Pool, page_ids: Sequence[int], pages: np.ndarray) -> Pool:
-    """Copy an adapter's ``pages`` [layers, n, rows, 128] to pool pages ``page_ids`` (length n).
+def swap_in(pool: Pool, page_ids: Sequence[int], pages: HostPages) -> Pool:
+    """Copy an adapter's runs of pages to pool pages ``page_ids``, one id a page.
 
     ``pool`` is donated. The copies are queued: a step launched later sees them.
     """
     start = 0
-    while start < len(page_ids):
-        count = next(size for size in SWAP_IN_PAGES if size <= len(page_ids) - start)
+    for run in pages:
+        count = run.shape[1]
         ids = np.asarray(page_ids[start : start + count], np.int32)
-        pool = _write_pages(pool, ids, pages[:, start : start + count])
+        pool = _write_pages(pool, ids, jax.device_put(run, pool[0].sharding))
         start += count
+    assert start == len(page_ids)
     return pool

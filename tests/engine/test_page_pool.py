@@ -1,0 +1,49 @@
+"""The pool's arrays and the copy of adapters into them, from plain and from pinned memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slora_jax.page_pool import SWAP_IN_PAGES, HostMemory, allocate_pool, swap_in
+
+DEVICE = jax.devices()[0]
+PINNED = jax.sharding.SingleDeviceSharding(DEVICE, memory_kind="pinned_host")
+LAYERS, PAGES, ROWS = 3, 40, 32
+
+
+@pytest.mark.parametrize("pinned", [None, PINNED], ids=["plain", "pinned"])
+@pytest.mark.parametrize("num_pages", [1, 2, 7, 8, 21])
+def test_an_adapter_lands_in_its_pages_and_nowhere_else(num_pages, pinned):
+    rng = np.random.default_rng(num_pages)
+    pages = rng.standard_normal((LAYERS, num_pages, ROWS, 128)).astype(np.float32)
+    runs = HostMemory(pinned).place(pages)
+    assert sum(run.shape[1] for run in runs) == num_pages
+    assert all(run.shape[1] in SWAP_IN_PAGES for run in runs)
+    assert len(runs) == bin(num_pages % 8).count("1") + num_pages // 8
+    sharding = jax.sharding.SingleDeviceSharding(DEVICE)
+    pool = allocate_pool(LAYERS, (PAGES, ROWS, 128), jnp.float32, sharding)
+    ids = rng.permutation(np.arange(1, PAGES))[:num_pages].tolist()
+    before = pool
+    pool = swap_in(pool, ids, runs)
+    assert all(layer.is_deleted() for layer in before)
+    expected = np.zeros((LAYERS, PAGES, ROWS, 128), np.float32)
+    expected[:, ids] = pages
+    np.testing.assert_array_equal(np.stack([np.asarray(layer) for layer in pool]), expected)
+    assert all(layer.sharding.memory_kind == "device" for layer in pool)
+
+
+def test_a_cpu_keeps_plain_arrays():
+    assert HostMemory.of(DEVICE).pinned is None
+
+
+def test_devices_with_pinned_memory_use_it():
+    class Gpu:
+        platform = "gpu"
+
+        def __getattr__(self, name):
+            return getattr(DEVICE, name)
+
+    pinned = HostMemory.of(Gpu()).pinned
+    assert pinned is not None
+    assert pinned.memory_kind == "pinned_host"
