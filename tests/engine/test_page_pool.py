@@ -35,15 +35,3 @@ def test_an_adapter_lands_in_its_pages_and_nowhere_else(num_pages, pinned):
 
 def test_a_cpu_keeps_plain_arrays():
     assert HostMemory.of(DEVICE).pinned is None
-
-
-def test_devices_with_pinned_memory_use_it():
-    class Gpu:
-        platform = "gpu"
-
-        def __getattr__(self, name):
-            return getattr(DEVICE, name)
-
-    pinned = HostMemory.of(Gpu()).pinned
-    assert pinned is not None
-    assert pinned.memory_kind == "pinned_host"
