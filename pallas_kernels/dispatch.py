@@ -6,10 +6,12 @@ need parts of jax that not every supported version and platform has. Refuses to 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.layout import AdapterLayout, KVLayout
@@ -24,12 +26,23 @@ PLATFORMS = {"gpu": ("gpu", "cuda"), "tpu": ("tpu",)}
 """Implementation with kernels → ``jax.Device.platform`` that they are for."""
 
 
-def implementation(op: str, name: str | None) -> ModuleType:
-    """The module of ``op`` ("paged_lora", "paged_attention"); None is "xla", which runs everywhere.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What an implementation of an op computes once a step and shares between layers."""
+
+    data: Any
+    """A pytree of the implementation's own."""
+
+    implementation: str = dataclasses.field(metadata={"static": True})
+    """Who made it, and alone can read it."""
+
+
+def implementation(op: str, name: str) -> ModuleType:
+    """The module of ``op`` ("paged_lora", "paged_attention").
 
     Raises ValueError for an unknown name, NotImplementedError where this jax cannot have it.
     """
-    name = name or "xla"
     if name not in MODULES:
         raise ValueError(f"no implementation {name!r} of {op}: {', '.join(MODULES)}")
     return importlib.import_module(f"pallas_kernels.{op}.{MODULES[name]}")

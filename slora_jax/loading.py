@@ -28,7 +28,7 @@ from slora_jax.adapter_store import PackedAdapter
 from slora_jax.errors import AdapterLoadError, InvalidRequestError, ModelLoadError, SloraError
 from slora_jax.layers.rope import RopeScaling
 from slora_jax.models.llama import Llama, LlamaConfig
-from slora_jax.page_pool import SWAP_IN_PAGES, HostMemory
+from slora_jax.page_pool import HostMemory, run_lengths
 from slora_jax.sharding import named_sharding
 
 if TYPE_CHECKING:
@@ -318,13 +318,11 @@ def dummy_adapters(
 
 def _runs_of(block: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     """Pages of ``shape`` [layers, n, rows, 128] as HostPages that are views into ``block``."""
-    runs, start, left = [], 0, shape[1]
-    while left:
-        count = next(size for size in SWAP_IN_PAGES if size <= left)
+    runs, start = [], 0
+    for count in run_lengths(shape[1]):
         run = (shape[0], count, *shape[2:])
         runs.append(block[start : start + math.prod(run)].reshape(run))
         start += math.prod(run)
-        left -= count
     return tuple(runs)
 
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.dispatch import PLATFORMS
 from slora_jax.adapter_cache import SwapIn
 from slora_jax.forward_programs import Weights, count_compiles, make_forward, over_leaves
 from slora_jax.input_packing import (
@@ -70,7 +71,6 @@ class StepResult:
 class LaunchedStep:
     """A step on the device; ``read`` waits for it."""
 
-    output: SchedulerOutput
     sampled: jax.Array
     """i32[most requests at once]: next tokens, first those of ``ending`` in order."""
     ending: tuple[Request, ...]
@@ -166,7 +166,7 @@ def step_buckets(kernels: str, max_num_seqs: int, max_tiles: int) -> Buckets:
         rows = max_num_seqs if tiles else min(_power(4, decode, first=16), max_num_seqs)
         return rows, min(_power(2, tiles), max_tiles), _power(8, rank, first=1024)
 
-    if kernels in ("gpu", "tpu"):
+    if kernels in PLATFORMS:
         return Buckets(coarse, slack=(4, 1, math.inf))
     return Buckets(fine, slack=(4, 4, 4))
 
@@ -276,7 +276,6 @@ class ModelRunner:
         ending = [chunk for chunk in chunks if chunk.is_last]
         scores = self._sample_chunks(hidden, ending, rows, seeds)
         launched = LaunchedStep(
-            output,
             self._sampled,
             tuple(chunk.request for chunk in ending),
             scores,

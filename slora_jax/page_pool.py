@@ -27,6 +27,15 @@ SWAP_IN_PAGES = (8, 4, 2, 1)
 """Pages of one copy, the largest that fits first: few compiled programs, and no padding."""
 
 
+def run_lengths(num_pages: int) -> list[int]:
+    """How an adapter of ``num_pages`` pages is cut into runs."""
+    lengths = []
+    while num_pages:
+        lengths.append(next(size for size in SWAP_IN_PAGES if size <= num_pages))
+        num_pages -= lengths[-1]
+    return lengths
+
+
 @dataclasses.dataclass(frozen=True)
 class HostMemory:
     """Where adapters wait for their turn: pinned memory where copies to the device come out of it.
@@ -50,8 +59,7 @@ class HostMemory:
         """``pages`` [layers, n, rows, 128] as runs, each contiguous and ready to be copied."""
         runs: list[np.ndarray | jax.Array] = []
         start = 0
-        while start < pages.shape[1]:
-            count = next(size for size in SWAP_IN_PAGES if size <= pages.shape[1] - start)
+        for count in run_lengths(pages.shape[1]):
             run = np.ascontiguousarray(pages[:, start : start + count])
             runs.append(run if self.pinned is None else jax.device_put(run, self.pinned))
             start += count

@@ -6,44 +6,29 @@ cannot do what is asked declines with NotImplementedError. Refuses to know how a
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import jax
 
+from pallas_kernels.dispatch import Plan
 from pallas_kernels.dispatch import implementation as implementation_of
 from pallas_kernels.layout import KVLayout
 from pallas_kernels.paged_attention.batch import AttentionBatch
 
-__all__ = ["AttentionBatch", "AttentionPlan", "kv_write", "paged_attention", "prepare"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class AttentionPlan:
-    """What an implementation computes once a step and shares between layers."""
-
-    data: Any
-    """A pytree of the implementation's own."""
-
-    implementation: str = dataclasses.field(metadata={"static": True})
-    """Who made it, and alone can read it."""
+__all__ = ["AttentionBatch", "kv_write", "paged_attention", "prepare"]
 
 
 def prepare(
-    batch: AttentionBatch, layout: KVLayout, *, num_heads: int, implementation: str | None = None
-) -> AttentionPlan:
+    batch: AttentionBatch, layout: KVLayout, *, num_heads: int, implementation: str = "xla"
+) -> Plan:
     """The part of the work that all layers share: work lists, masks.
 
-    Called inside the compiled step. ``num_heads``: query heads. ``implementation=None`` is "xla".
+    Called inside the compiled step. ``num_heads``: query heads.
     """
-    name = implementation or "xla"
-    module = implementation_of("paged_attention", name)
-    return AttentionPlan(module.prepare(batch, layout, num_heads), name)
+    module = implementation_of("paged_attention", implementation)
+    return Plan(module.prepare(batch, layout, num_heads), implementation)
 
 
 def kv_write(
-    pool_layer: jax.Array, k: jax.Array, v: jax.Array, plan: AttentionPlan, *, layout: KVLayout
+    pool_layer: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, *, layout: KVLayout
 ) -> jax.Array:
     """``pool_layer`` [P, R, 128] with ``k`` and ``v`` [T, Hkv, Dh] at the batch's slots, in place
     where the pool is donated. Lanes past head_dim become zeros. Slots of page 0 may repeat, others
@@ -55,7 +40,7 @@ def kv_write(
 
 
 def paged_attention(
-    q: jax.Array, pool_layer: jax.Array, plan: AttentionPlan, *, layout: KVLayout, scale: float
+    q: jax.Array, pool_layer: jax.Array, plan: Plan, *, layout: KVLayout, scale: float
 ) -> jax.Array:
     """``q`` [T, Hq, Dh] → same: a token at position p attends to 0..p of its own sequence.
 

@@ -7,46 +7,30 @@ is asked declines with NotImplementedError. Refuses to know how any of them work
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import jax
 
+from pallas_kernels.dispatch import Plan
 from pallas_kernels.dispatch import implementation as implementation_of
 from pallas_kernels.layout import AdapterLayout
 from pallas_kernels.paged_lora.batch import LoraBatch, lora_bucket_sizes
 
-__all__ = ["LoraBatch", "LoraPlan", "lora_bucket_sizes", "paged_lora", "prepare"]
+__all__ = ["LoraBatch", "lora_bucket_sizes", "paged_lora", "prepare"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LoraPlan:
-    """What an implementation computes once a step and shares between layers."""
-
-    data: Any
-    """A pytree of the implementation's own."""
-
-    implementation: str = dataclasses.field(metadata={"static": True})
-    """Who made it, and alone can read it."""
-
-
-def prepare(
-    batch: LoraBatch, layout: AdapterLayout, *, implementation: str | None = None
-) -> LoraPlan:
+def prepare(batch: LoraBatch, layout: AdapterLayout, *, implementation: str = "xla") -> Plan:
     """The part of the work that all layers share: row indices, masks, order of tokens.
 
-    Called inside the compiled step. ``implementation=None`` is "xla".
+    Called inside the compiled step.
     """
-    name = implementation or "xla"
-    return LoraPlan(implementation_of("paged_lora", name).prepare(batch, layout), name)
+    module = implementation_of("paged_lora", implementation)
+    return Plan(module.prepare(batch, layout), implementation)
 
 
 def paged_lora(
     y: jax.Array,
     x: jax.Array,
     pool_layer: jax.Array,
-    plan: LoraPlan,
+    plan: Plan,
     *,
     layer: int | jax.Array,
     group: tuple[str, ...],

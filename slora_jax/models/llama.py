@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.dispatch import Plan
 from pallas_kernels.layout import GROUPS, AdapterLayout, KVLayout
 from pallas_kernels.paged_attention import api as attention_op
-from pallas_kernels.paged_attention.api import AttentionPlan, kv_write, paged_attention
+from pallas_kernels.paged_attention.api import kv_write, paged_attention
 from pallas_kernels.paged_lora import api as lora_op
-from pallas_kernels.paged_lora.api import LoraPlan, paged_lora
+from pallas_kernels.paged_lora.api import paged_lora
 from slora_jax.batch import ForwardBatch
 from slora_jax.layers.embedding import Embedding
 from slora_jax.layers.linear import AddLora, LoRALinear, no_lora
@@ -86,9 +87,9 @@ class StepContext:
     angles: tuple[jax.Array, jax.Array]
     """Of RoPE: (cos, sin), each f32[T, 1, head_dim / 2]."""
 
-    attention: AttentionPlan
+    attention: Plan
 
-    lora: LoraPlan | None
+    lora: Plan | None
     """None where every token is the base model's."""
 
     def lora_of_layer(self, layer: int | jax.Array, view: PoolView) -> AddLora:
