@@ -99,11 +99,21 @@ def _infos(handle: Any, path: Path) -> dict[str, TensorInfo]:
     }
 
 
-def read_tensor(info: TensorInfo, name: str) -> np.ndarray:
-    """Return one float tensor in the dtype it is stored in; NaN or Inf is a `CheckpointError`."""
+def read_tensor(info: TensorInfo, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+    """Return one float tensor in the dtype it is stored in; NaN or Inf is a `CheckpointError`.
+
+    With `index`, a slice for each dimension, only that part is read and checked.
+    """
     with _open_safetensors(info.path) as handle:
-        array = handle.get_tensor(name)
-    if array.shape != info.shape or array.dtype != FLOAT_DTYPES.get(info.dtype):
+        if index is None:
+            array, shape = handle.get_tensor(name), info.shape
+        else:
+            array = handle.get_slice(name)[index]
+            shape = tuple(
+                len(range(*part.indices(size)))
+                for part, size in zip(index, info.shape, strict=True)
+            )
+    if array.shape != shape or array.dtype != FLOAT_DTYPES.get(info.dtype):
         raise CheckpointError(f"{info.path}: tensor {name!r} changed while it was being loaded.")
     require_finite(array, f"{info.path}: tensor {name!r}")
     return array

@@ -262,16 +262,16 @@ class LlamaCheckpoint:
         """The canonical names, in the order in which a forward pass uses them."""
         return list(self.tensors)
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Return one tensor by canonical name, dtype as stored (float32, float16 or bfloat16).
 
-        Raises `CheckpointError` if it contains NaN or Inf, or if the name does not exist.
+        With `index`, a slice for each dimension, only that part is read. Raises `CheckpointError` if it contains NaN or Inf, or if the name does not exist.
         """
         if name not in self.tensors:
             raise CheckpointError(
                 f"{self.directory}: has no tensor {name!r}; names() lists those there are."
             )
-        return read_tensor(self.tensors[name], hf_name(name))
+        return read_tensor(self.tensors[name], hf_name(name), index)
 
 
 def open_llama(directory: str | os.PathLike[str]) -> LlamaCheckpoint:

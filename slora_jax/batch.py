@@ -25,6 +25,18 @@ Array = Any
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StepLora:
+    """The adapters of a step."""
+
+    stages: tuple[LoraBatch, ...]
+    """One for each stage of the adapters' partition, over the same adapters and pages."""
+
+    groups: tuple[tuple[str, ...], ...] = dataclasses.field(metadata={"static": True})
+    """The groups of targets that may have an adapter; the others are not computed."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardBatch:
     """One step's tokens, flat and ragged: D decode rows, then prefill tiles of one request each."""
 
@@ -38,5 +50,5 @@ class ForwardBatch:
     attention: AttentionBatch
     """Where each token's K and V go, and which pages each row attends to."""
 
-    lora: LoraBatch | None
+    lora: StepLora | None
     """The adapters of the step; None where every token is the base's, which launches nothing."""

@@ -30,6 +30,13 @@ class EngineConfig:
     """``auto`` takes the best for the device and ends at plain XLA; a named one never falls
     back."""
 
+    tensor_parallel: int = 1
+    """Devices that the model, the pool and the adapters are cut over. Changing this recompiles."""
+
+    lora_partition: Literal["no_extra_collectives", "s_lora"] = "no_extra_collectives"
+    """How adapters are cut over several devices (``adapter_partition``). ``s_lora`` reads fewer of
+    their bytes and communicates more; it takes ranks up to 128. Changing this recompiles."""
+
     max_num_seqs: int = 64
     """Most requests that run at once. Fixes the largest decode bucket: changing this recompiles."""
 
@@ -52,8 +59,8 @@ class EngineConfig:
     recompiles."""
 
     pool_bytes: int | None = None
-    """Device bytes of the page pool over all layers. ``None``: ``memory_fraction`` of what is
-    free."""
+    """Bytes of the page pool over all layers, on each device. ``None``: ``memory_fraction`` of what
+    is free."""
 
     memory_fraction: float = 0.9
     """Share of the device's free memory that the pool takes when ``pool_bytes`` is ``None``. Where
@@ -73,6 +80,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, low in (
+            ("tensor_parallel", 1),
             ("max_num_seqs", 1),
             ("seed", 0),
         ):
@@ -93,6 +101,7 @@ class EngineConfig:
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         if not isinstance(self.compilation_cache, bool):
             raise ConfigError(f"compilation_cache={self.compilation_cache!r} must be True or False")
+        _check_choice("lora_partition", self.lora_partition, ("no_extra_collectives", "s_lora"))
         _check_choice("load", self.load, ("auto", "dummy"))
         _check_choice("kernels", self.kernels, ("auto", "gpu", "tpu", "xla", "reference"))
         fraction = self.memory_fraction

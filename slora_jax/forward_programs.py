@@ -14,16 +14,24 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from slora_jax.batch import ForwardBatch
 from slora_jax.models.llama import Llama, PoolView, StepContext
 from slora_jax.page_pool import Pool
+from slora_jax.sharding import on_each_device, partition_spec, replicate, specs_of
 from slora_jax.transfer import Packed, unpack
 
 Weights = tuple[jax.Array, ...]
 """A module's parameters in a fixed order: what a jitted call flattens fastest."""
 
+POOL_SPEC = partition_spec(("pages", "page_rows", "lanes"))
+"""Of each layer of the pool."""
+
+SAME = PartitionSpec()
+"""What every device has whole."""
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -42,15 +50,16 @@ class Forward(Protocol):
         ...
 
 
-def make_forward(model: Llama, view: PoolView, platform: str) -> Forward:
-    """The form that suits the platform (``jax.Device.platform``)."""
-    return (LayeredForward if platform == "cpu" else WholeForward)(model, view)
+def make_forward(model: Llama, view: PoolView, mesh: Mesh) -> Forward:
+    """The form that suits the platform of the devices."""
+    platform = mesh.devices.flat[0].platform
+    return (LayeredForward if platform == "cpu" else WholeForward)(model, view, mesh)
 
 
 class WholeForward:
     """The step as one program."""
 
-    def __init__(self, model: Llama, view: PoolView):
+    def __init__(self, model: Llama, view: PoolView, mesh: Mesh):
         call, self._weights = over_leaves(model)
 
         def forward(
@@ -58,7 +67,19 @@ class WholeForward:
         ) -> tuple[jax.Array, Pool]:
             return call(weights)(_receive(batch, sampled), pool, view)
 
-        self._program = jax.jit(forward, donate_argnums=1)
+        self._program = jax.jit(
+            on_each_device(
+                forward,
+                mesh,
+                (specs_of(self._weights, mesh), POOL_SPEC, SAME, SAME),
+                (SAME, POOL_SPEC),
+            ),
+            donate_argnums=1,
+        )
+
+    def lower(self, pool: Any, sampled: Any, batch: Packed) -> jax.stages.Lowered:
+        """The program of these shapes, for a compiler: arguments may be abstract."""
+        return self._program.lower(self._weights, pool, sampled, batch)
 
     def __call__(self, pool: Pool, sampled: jax.Array, batch: Packed) -> tuple[jax.Array, Pool]:
         """See ``Forward``."""
@@ -73,12 +94,14 @@ class LayeredForward:
     """The step as a program for what comes before the layers, one for any layer, one for the
     end."""
 
-    def __init__(self, model: Llama, view: PoolView):
-        call, self._outer_weights = over_leaves(_without_layers(model))
+    def __init__(self, model: Llama, view: PoolView, mesh: Mesh):
+        call, self._outer_weights = over_leaves(without_layers(model))
         layers = [over_leaves(block) for block in model.layers]
         call_block = layers[0][0]  # all layers have one structure
         self._layer_weights = [weights for _, weights in layers]
-        self._layer_indices = [jnp.int32(index) for index in range(len(layers))]
+        self._layer_indices = [
+            replicate(mesh, np.asarray(index, np.int32)) for index in range(len(layers))
+        ]
 
         def begin(
             weights: Weights, sampled: jax.Array, batch: Packed
@@ -92,13 +115,21 @@ class LayeredForward:
             context: StepContext,
             layer: jax.Array,
         ) -> tuple[jax.Array, jax.Array]:
-            return call_block(weights)(x, pool, context, layer, view)
+            return call_block(weights)(x, pool, context, layer)
 
         def end(weights: Weights, x: jax.Array) -> jax.Array:
             return call(weights).final_norm(x)
 
-        self._begin, self._end = jax.jit(begin), jax.jit(end)
-        self._block = jax.jit(block, donate_argnums=(1, 2))
+        outer_specs = specs_of(self._outer_weights, mesh)
+        block_specs = specs_of(self._layer_weights[0], mesh)
+        self._begin = jax.jit(on_each_device(begin, mesh, (outer_specs, SAME, SAME), SAME))
+        self._end = jax.jit(on_each_device(end, mesh, (outer_specs, SAME), SAME))
+        self._block = jax.jit(
+            on_each_device(
+                block, mesh, (block_specs, POOL_SPEC, SAME, SAME, SAME), (SAME, POOL_SPEC)
+            ),
+            donate_argnums=(1, 2),
+        )
 
     def __call__(self, pool: Pool, sampled: jax.Array, batch: Packed) -> tuple[jax.Array, Pool]:
         """See ``Forward``."""
@@ -138,7 +169,7 @@ def count_compiles(*programs: Any) -> int:
     return sum(program._cache_size() for program in programs)
 
 
-def _without_layers(model: Llama) -> Llama:
+def without_layers(model: Llama) -> Llama:
     """The same arrays, less the layers."""
     outer = nnx.merge(*nnx.split(model))
     outer.layers = nnx.List([])

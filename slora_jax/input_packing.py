@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pallas_kernels.layout import AdapterLayout
+from pallas_kernels.layout import GROUPS, TARGETS
 from pallas_kernels.paged_attention.api import AttentionBatch
 from pallas_kernels.paged_lora.api import LoraBatch, lora_bucket_sizes
+from slora_jax.adapter_partition import AdapterPartition
 from slora_jax.adapter_store import PackedAdapter
-from slora_jax.batch import ForwardBatch
+from slora_jax.batch import ForwardBatch, StepLora
 from slora_jax.request import Request
 from slora_jax.sampling import Penalties, Randomness, SamplingBatch, Truncation
 from slora_jax.sampling_params import split_seed
@@ -46,23 +47,30 @@ class ResidentAdapter:
 
     page_ids: tuple[int, ...]
     ranks: np.ndarray  # i32[7]
-    a_row: np.ndarray  # i32[7]
-    b_row: np.ndarray  # i32[7]
+    stages: tuple[np.ndarray, ...]
+    """Per stage i32[3, 7]: stored ranks, first rows of A, first rows of Bᵀ."""
     scaling: np.ndarray  # f32[layers, 7]
 
     @classmethod
     def place(
-        cls, packed: PackedAdapter, page_ids: tuple[int, ...], layout: AdapterLayout
+        cls, packed: PackedAdapter, page_ids: tuple[int, ...], partition: AdapterPartition
     ) -> ResidentAdapter:
         """The adapter ``packed`` once its pages lie at ``page_ids``."""
-        a_row, b_row, _ = layout.segments(packed.ranks)
+        of_stages = zip(
+            partition.stage_ranks(packed.ranks), partition.segments(packed.ranks), strict=True
+        )
         return cls(
             page_ids,
             np.asarray(packed.ranks, np.int32),
-            np.asarray(a_row, np.int32),
-            np.asarray(b_row, np.int32),
+            tuple(np.array([ranks, *rows], np.int32) for ranks, rows in of_stages),
             np.asarray(packed.scaling, np.float32),
         )
+
+    @property
+    def groups(self) -> frozenset[tuple[str, ...]]:
+        """The groups of targets of which it has any."""
+        has = {target for target, rank in zip(TARGETS, self.ranks, strict=True) if rank}
+        return frozenset(group for group in GROUPS if has.intersection(group))
 
     @property
     def largest_rank(self) -> int:
@@ -101,12 +109,14 @@ def pack_step(
     tile: int,
     page_size: int,
     table_width: int,
-    layout: AdapterLayout,
+    partition: AdapterPartition,
+    groups: tuple[tuple[str, ...], ...] = GROUPS,
 ) -> ForwardBatch:
     """Fill a step's arrays; everything beyond the real tokens points at the null page.
 
     ``sampled_rows``: request id → row among the tokens that the step before samples.
-    ``table_width`` is the most pages one request can have.
+    ``table_width`` is the most pages one request can have; ``groups`` are those that an adapter of
+    the step may have.
     """
     num_tokens = shape.decode + shape.tiles * tile
     token_ids = np.zeros(num_tokens, np.int32)
@@ -147,7 +157,7 @@ def pack_step(
     )
     versions = [version for version in index_of_version if version]
     lora = (
-        _pack_lora([adapters[v] for v in versions], adapter_index, shape.rank, layout)
+        _pack_lora([adapters[v] for v in versions], adapter_index, shape.rank, partition, groups)
         if shape.rank
         else None
     )
@@ -160,13 +170,17 @@ def _pack_lora(
     adapters: Sequence[ResidentAdapter],
     adapter_index: np.ndarray,
     rank_bucket: int,
-    layout: AdapterLayout,
-) -> LoraBatch:
+    partition: AdapterPartition,
+    groups: tuple[tuple[str, ...], ...],
+) -> StepLora:
     """The step's adapter tables; row 0 is the base, of rank 0."""
-    num_rows, num_pages = lora_bucket_sizes(rank_bucket, layout)
+    num_rows, num_pages = lora_bucket_sizes(rank_bucket, partition)
     num_layers, num_targets = adapters[0].scaling.shape
-    tables = np.zeros((3, num_rows, num_targets), np.int32)
-    scaling = np.zeros((num_layers, num_rows, num_targets), np.float32)
+    num_stages = len(partition.stages)
+    tables = np.zeros((num_stages, 3, num_rows, num_targets), np.int32)
+    # Of several stages the last one scales.
+    scaling = np.ones((num_stages, num_layers, num_rows, num_targets), np.float32)
+    scaling[-1] = 0
     pages = np.zeros(num_pages, np.int32)
     page_start = np.zeros(num_rows, np.int32)
     used = 0
@@ -174,18 +188,23 @@ def _pack_lora(
         page_start[row] = used
         pages[used : used + len(adapter.page_ids)] = adapter.page_ids
         used += len(adapter.page_ids)
-        tables[:, row] = adapter.ranks, adapter.a_row, adapter.b_row
-        scaling[:, row] = adapter.scaling
-    return LoraBatch(
-        adapter_index=adapter_index,
-        pages=pages,
-        page_start=page_start,
-        rank=tables[0],
-        a_row=tables[1],
-        b_row=tables[2],
-        scaling=scaling,
-        rank_bucket=rank_bucket,
+        for stage, rows in enumerate(adapter.stages):
+            tables[stage, :, row] = rows
+        scaling[-1, :, row] = adapter.scaling
+    stages = tuple(
+        LoraBatch(
+            adapter_index=adapter_index,
+            pages=pages,
+            page_start=page_start,
+            rank=tables[stage, 0],
+            a_row=tables[stage, 1],
+            b_row=tables[stage, 2],
+            scaling=scaling[stage],
+            rank_bucket=rank_bucket,
+        )
+        for stage in range(num_stages)
     )
+    return StepLora(stages=stages, groups=groups)
 
 
 def last_rows(chunks: Sequence[Chunk], rows: Mapping[str, int], size: int) -> np.ndarray:

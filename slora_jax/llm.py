@@ -23,6 +23,7 @@ from tqdm import tqdm
 from pallas_kernels import dispatch
 from pallas_kernels.layout import KVLayout, choose_page_size
 from slora_jax import loading
+from slora_jax.adapter_partition import AdapterPartition
 from slora_jax.adapter_store import AdapterInfo
 from slora_jax.config import EngineConfig
 from slora_jax.engine import Engine, Generation
@@ -39,7 +40,7 @@ from slora_jax.models.llama import PoolView
 from slora_jax.outputs import EngineStats, RequestOutput
 from slora_jax.page_pool import HostMemory
 from slora_jax.sampling_params import SamplingParams
-from slora_jax.sharding import single_device_mesh
+from slora_jax.sharding import MODEL_AXIS, model_mesh
 
 BASE = "__base__"
 """Names the base model where an adapter name is expected, as in PEFT; the same as ``None``."""
@@ -69,6 +70,8 @@ class LLM:
             ``config.json``, or ``"llama-7b"``, ``"llama-13b"``, ``"llama-3.1-8b"``,
             ``"llama-3.1-70b"``.
         config: an ``EngineConfig``; or give its fields by name.
+        mesh: devices to cut the model over, those of its axis ``"model"``; in place of
+            ``tensor_parallel``, which takes the first so many of ``jax.devices()``.
         progress: show bars while a model is fetched and read.
 
     Raises:
@@ -83,14 +86,15 @@ class LLM:
         model: str | os.PathLike[str],
         *,
         config: EngineConfig | None = None,
+        mesh: jax.sharding.Mesh | None = None,
         progress: bool = True,
         **options: Any,
     ):
         config = _engine_config(config, options)
-        self._device = jax.devices()[0]
+        self._mesh = mesh = _choose_mesh(config, mesh)
+        self._device = mesh.local_devices[0]
         self._dtype = _choose_dtype(config, self._device)
-        self._host = HostMemory.of(self._device)
-        mesh = single_device_mesh(self._device)
+        self._host = HostMemory.of(mesh)
         if config.compilation_cache and self._device.platform != "cpu":
             loading.keep_compiled_programs()
         if config.load == "dummy":
@@ -118,23 +122,20 @@ class LLM:
 
     def _make_engine(self, config: EngineConfig) -> Engine:
         model = self._loaded.model.config
-        kv = _kv_layout(config, model.num_kv_heads, model.head_dim, self._dtype)
-        adapters = loading.adapter_layout(model, kv.rows_per_page)
+        shards = self._mesh.size
+        own = model.share(shards)
+        kv = _kv_layout(config, own.num_kv_heads, own.head_dim, self._dtype)
         try:
-            kernels = dispatch.choose(
-                config.kernels,
-                self._device,
-                dtype=self._dtype,
-                num_heads=model.num_heads,
-                kv=kv,
-                adapters=adapters,
+            adapters = loading.adapter_partition(
+                model, shards, config.lora_partition, kv.rows_per_page
             )
-        except NotImplementedError as error:
-            raise ConfigError(f"kernels={config.kernels!r}: {error}") from error
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        kernels = _choose_kernels(config, self._device, self._dtype, own.num_heads, kv, adapters)
         view = PoolView(kv=kv, adapters=adapters, kernels=kernels)
         tile, prefill_tokens = config.prefill_sizes(dispatch.PREFILL_TILE[kernels])
         page_bytes = model.num_layers * kv.rows_per_page * 128 * jnp.dtype(self._dtype).itemsize
-        num_pages = _num_pages(config, self._device, page_bytes)
+        num_pages = _num_pages(config, self._mesh, page_bytes)
         max_model_len = _max_model_len(
             config, model.max_position_embeddings, (num_pages - 1) * kv.page_size
         )
@@ -151,7 +152,7 @@ class LLM:
                 view,
                 num_pages=num_pages,
                 dtype=self._dtype,
-                mesh=single_device_mesh(self._device),
+                mesh=self._mesh,
                 max_num_seqs=config.max_num_seqs,
                 prefill_tile=tile,
                 max_prefill_tokens=prefill_tokens,
@@ -348,7 +349,7 @@ class LLM:
         _check_adapter_name(name)
         with self._lock:
             self._engine.check_name_is_free(name)
-            layout = self._engine.view.adapters
+            partition = self._engine.view.adapters
         about = self._loaded.hyperparameters
         if isinstance(source, Mapping):
             if config is None:
@@ -360,7 +361,7 @@ class LLM:
                 source,
                 config,
                 about,
-                layout,
+                partition,
                 self._dtype,
                 self._host,
                 source=f"adapter {name!r}",
@@ -372,7 +373,7 @@ class LLM:
                     f"adapter {name!r} is a directory and has its own adapter_config.json: "
                     "give config only together with arrays"
                 )
-            reload = loading.adapter_loader(source, about, layout, self._dtype, self._host)
+            reload = loading.adapter_loader(source, about, partition, self._dtype, self._host)
             packed = reload()
         with self._lock:
             info = self._engine.register_adapter(name, packed, reload)
@@ -398,6 +399,7 @@ class LLM:
                 self._loaded.model.config.num_layers,
                 self._engine.view.adapters,
                 self._dtype,
+                self._host,
             )
             for name, adapter in zip(names, packed, strict=True):
                 self._engine.register_adapter(name, adapter, None)
@@ -520,6 +522,59 @@ def _engine_config(config: EngineConfig | None, options: Mapping[str, Any]) -> E
     return dataclasses.replace(config, **options)
 
 
+def _choose_mesh(config: EngineConfig, mesh: jax.sharding.Mesh | None) -> jax.sharding.Mesh:
+    """The devices that the model is cut over."""
+    count = config.tensor_parallel
+    if mesh is None:
+        devices = jax.devices()
+        if count > len(devices):
+            raise ConfigError(
+                f"tensor_parallel={count} needs as many devices, there are {len(devices)} of "
+                f"platform {devices[0].platform!r}"
+            )
+        return model_mesh(devices[:count])
+    if not isinstance(mesh, jax.sharding.Mesh) or MODEL_AXIS not in mesh.axis_names:
+        raise ConfigError(f"mesh={_short(mesh)} has no axis {MODEL_AXIS!r} to cut the model over")
+    size = mesh.shape[MODEL_AXIS]
+    if mesh.size != size:
+        raise ConfigError(
+            f"mesh has {mesh.size} devices and only {size} of them along {MODEL_AXIS!r}: give a "
+            "mesh of that axis alone"
+        )
+    if count not in (1, size):
+        raise ConfigError(
+            f"tensor_parallel={count} and a mesh of {size} devices: give one of the two"
+        )
+    return model_mesh(list(mesh.devices.flat))
+
+
+def _choose_kernels(
+    config: EngineConfig,
+    device: Any,
+    dtype: jnp.dtype,
+    num_heads: int,
+    kv: KVLayout,
+    adapters: AdapterPartition,
+) -> str:
+    """The implementation that serves every stage of the adapters; ``num_heads`` of one device."""
+    names = set()
+    for layout in adapters.stages:
+        try:
+            names.add(
+                dispatch.choose(
+                    config.kernels,
+                    device,
+                    dtype=dtype,
+                    num_heads=num_heads,
+                    kv=kv,
+                    adapters=layout,
+                )
+            )
+        except NotImplementedError as error:
+            raise ConfigError(f"kernels={config.kernels!r}: {error}") from error
+    return names.pop() if len(names) == 1 else "xla"
+
+
 def _choose_dtype(config: EngineConfig, device: Any) -> jnp.dtype:
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
@@ -550,13 +605,14 @@ def _pool_bytes(config: EngineConfig, device: Any) -> int:
     return int(config.memory_fraction * (memory["bytes_limit"] - memory.get("bytes_in_use", 0)))
 
 
-def _num_pages(config: EngineConfig, device: Any, page_bytes: int) -> int:
-    """Pages of the pool, the null page included."""
-    available = _pool_bytes(config, device)
+def _num_pages(config: EngineConfig, mesh: jax.sharding.Mesh, page_bytes: int) -> int:
+    """Pages of the pool, the null page included; ``page_bytes`` of one device."""
+    available = min(_pool_bytes(config, device) for device in mesh.local_devices)
     if available < 2 * page_bytes:
+        where = "" if mesh.size == 1 else f" on each of {mesh.size} devices"
         raise ConfigError(
-            f"the pool of {available:,} bytes holds less than one page of KV: pool_bytes must be "
-            f"at least {2 * page_bytes:,}, the null page included"
+            f"the pool of {available:,} bytes{where} holds less than one page of KV: pool_bytes "
+            f"must be at least {2 * page_bytes:,}, the null page included"
         )
     return available // page_bytes
 

@@ -23,13 +23,20 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from pallas_kernels.layout import LANES, TARGETS, AdapterLayout, stored_rank
+from pallas_kernels.layout import GROUPS, LANES, TARGETS, stored_rank
+from slora_jax.adapter_partition import CUT_BY_INPUTS, AdapterPartition, Scheme
 from slora_jax.adapter_store import PackedAdapter
-from slora_jax.errors import AdapterLoadError, InvalidRequestError, ModelLoadError, SloraError
+from slora_jax.errors import (
+    AdapterLoadError,
+    ConfigError,
+    InvalidRequestError,
+    ModelLoadError,
+    SloraError,
+)
 from slora_jax.layers.rope import RopeScaling
 from slora_jax.models.llama import Llama, LlamaConfig
 from slora_jax.page_pool import HostMemory, run_lengths
-from slora_jax.sharding import named_sharding
+from slora_jax.sharding import MODEL_AXIS, named_sharding
 
 if TYPE_CHECKING:
     from checkpoints.peft_lora import LoraAdapter
@@ -76,12 +83,12 @@ def load_model(
         if orbax.is_orbax_model(directory):
             hyperparameters = orbax.read_config(directory)
             tokenizer = Tokenizer.from_directory(directory)
-            model = _restore(directory, _to_config(hyperparameters), dtype, mesh)
+            model = _restore(directory, _to_config(hyperparameters, mesh.size), dtype, mesh)
         else:
             checkpoint = hf_llama.open_llama(directory)
             hyperparameters = checkpoint.config
             tokenizer = Tokenizer.from_directory(directory)
-            model = _read(checkpoint, _to_config(hyperparameters), dtype, mesh, progress)
+            model = _read(checkpoint, _to_config(hyperparameters, mesh.size), dtype, mesh, progress)
     eos = {*hyperparameters["eos_token_ids"]}
     if tokenizer.eos_token_id is not None:
         eos.add(tokenizer.eos_token_id)
@@ -127,7 +134,7 @@ def dummy_model(
                 f"directory with config.json, or one of {', '.join(ARCHITECTURES)}"
             )
         hyperparameters = known or hf_llama.read_config(sources.resolve_model(name_or_path))
-    config = _to_config(hyperparameters)
+    config = _to_config(hyperparameters, mesh.size)
 
     @functools.cache
     def random(shape: tuple[int, ...], axes: Axes) -> Callable[[jax.Array], jax.Array]:
@@ -143,7 +150,7 @@ def dummy_model(
         return random(shape, axes)(key)
 
     return LoadedModel(
-        model=_fill(config, dtype, load, progress=False),
+        model=_fill(config, mesh, dtype, load, progress=False),
         tokenizer=byte_tokenizer(),
         eos_token_ids=tuple(hyperparameters["eos_token_ids"]),
         hyperparameters=dict(hyperparameters),
@@ -159,10 +166,11 @@ def save_model(loaded: LoadedModel, directory: str | os.PathLike[str]) -> None:
     """
     from checkpoints import orbax
 
-    flat = _flat_params(nnx.state(loaded.model))
-    params = {_dotted(path): variable[...] for path, variable in flat}
     if loaded.directory is None:
         raise ModelLoadError("a model of random weights (load='dummy') is not worth saving")
+    params: dict[str, jax.Array] = {}
+    for path, variable in _flat_params(nnx.state(loaded.model)):
+        params |= _taken_apart(path, variable[...], loaded.model)
     with _raising(ModelLoadError, "directory", directory):
         orbax.save_model(
             Path(directory), loaded.hyperparameters, params, files_from=loaded.directory
@@ -186,7 +194,7 @@ def render_chat(tokenizer: Tokenizer, conversation: Any) -> str:
 def adapter_loader(
     source: str | os.PathLike[str],
     hyperparameters: Mapping[str, Any],
-    layout: AdapterLayout,
+    partition: AdapterPartition,
     dtype: jnp.dtype,
     host: HostMemory,
 ) -> Callable[[], PackedAdapter]:
@@ -201,7 +209,7 @@ def adapter_loader(
     def load() -> PackedAdapter:
         with _raising(AdapterLoadError, "adapter", directory):
             adapter = peft_lora.read_peft_adapter(directory, dict(hyperparameters))
-        return pack_adapter(adapter, hyperparameters["num_layers"], layout, dtype, host)
+        return pack_adapter(adapter, hyperparameters["num_layers"], partition, dtype, host)
 
     with _raising(AdapterLoadError, "adapter", source):
         directory = sources.resolve_adapter(source).resolve()
@@ -212,7 +220,7 @@ def adapter_from_arrays(
     arrays: Mapping[str, Any],
     config: Mapping[str, Any],
     hyperparameters: Mapping[str, Any],
-    layout: AdapterLayout,
+    partition: AdapterPartition,
     dtype: jnp.dtype,
     host: HostMemory,
     *,
@@ -241,17 +249,18 @@ def adapter_from_arrays(
             f"{source}: give its tensors by PEFT's names, and a config of such plain values as "
             f"adapter_config.json has: {error}"
         ) from error
-    return pack_adapter(adapter, hyperparameters["num_layers"], layout, dtype, host)
+    return pack_adapter(adapter, hyperparameters["num_layers"], partition, dtype, host)
 
 
 def pack_adapter(
     adapter: LoraAdapter,
     num_layers: int,
-    layout: AdapterLayout,
+    partition: AdapterPartition,
     dtype: jnp.dtype,
     host: HostMemory,
 ) -> PackedAdapter:
-    """LoRA pairs → pages [layers, pages, rows, 128] in the pool's dtype, in ``host``.
+    """LoRA pairs → pages [layers, pages, rows, 128] in the pool's dtype, in ``host``: of each of
+    its devices the part that ``partition`` gives it.
 
     A target's rank is its largest over the layers; layers without it hold zeros, since a page id
     means the same page in every layer.
@@ -265,7 +274,7 @@ def pack_adapter(
         scaling[layer, column] = pair.scaling
         layers.setdefault(layer, {})[target] = pair.a, pair.b
     try:
-        pages = layout.pack(layers, num_layers, ranks, dtype)
+        pages = partition.pack(layers, num_layers, ranks, dtype, host.shards)
     except ValueError as error:
         raise AdapterLoadError(
             f"the adapter does not fit dtype {np.dtype(dtype)}: {error}"
@@ -284,8 +293,9 @@ def dummy_adapters(
     ranks_of_adapters: Sequence[int],
     targets: Sequence[str],
     num_layers: int,
-    layout: AdapterLayout,
+    partition: AdapterPartition,
     dtype: jnp.dtype,
+    host: HostMemory,
 ) -> Iterator[PackedAdapter]:
     """Distinct random adapters, one for each rank in turn, in page form: for benchmarks.
 
@@ -293,17 +303,18 @@ def dummy_adapters(
     deviation 0.02, scaling is 2. Ranks are multiples of 8, and each A and B fills whole segments.
     """
     pages_of = {
-        rank: layout.num_pages([rank if t in targets else 0 for t in TARGETS])
+        rank: partition.num_pages([rank if t in targets else 0 for t in TARGETS])
         for rank in set(ranks_of_adapters)
     }
-    page = layout.rows_per_page * LANES
+    rows = len(host.shards) * partition.rows_per_page
+    page = rows * LANES
     largest = num_layers * max(pages_of.values(), default=0) * page
     block = np.random.default_rng(0).standard_normal(
         largest + LANES * len(ranks_of_adapters), dtype=np.float32
     )
     block = (0.02 * block).astype(dtype)
     for index, rank in enumerate(ranks_of_adapters):
-        shape = (num_layers, pages_of[rank], layout.rows_per_page, LANES)
+        shape = (num_layers, pages_of[rank], rows, LANES)
         first = LANES * index
         ranks = tuple(stored_rank(rank) if t in targets else 0 for t in TARGETS)
         yield PackedAdapter(
@@ -326,17 +337,18 @@ def _runs_of(block: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, ...
     return tuple(runs)
 
 
-def adapter_layout(config: LlamaConfig, rows_per_page: int) -> AdapterLayout:
-    """How this model's adapters lie in pages of so many rows."""
-    features = config.target_features()
-    return AdapterLayout(
-        in_features=tuple(features[target][0] for target in TARGETS),
-        out_features=tuple(features[target][1] for target in TARGETS),
-        rows_per_page=rows_per_page,
-    )
+def adapter_partition(
+    config: LlamaConfig, shards: int, scheme: Scheme, rows_per_page: int
+) -> AdapterPartition:
+    """How this model's adapters are cut over ``shards`` devices, in pages of so many rows of each.
+
+    Raises ValueError where the scheme cannot cut them.
+    """
+    owned = [config.owned_by(shard, shards) for shard in range(shards)]
+    return AdapterPartition.make(scheme, config.target_features(), owned, rows_per_page)
 
 
-def _to_config(hyperparameters: Mapping[str, Any]) -> LlamaConfig:
+def _to_config(hyperparameters: Mapping[str, Any], shards: int) -> LlamaConfig:
     names = [field.name for field in dataclasses.fields(LlamaConfig)]
     values = {name: hyperparameters[name] for name in names}
     if values["rope_scaling"] is not None:
@@ -346,11 +358,16 @@ def _to_config(hyperparameters: Mapping[str, Any]) -> LlamaConfig:
         raise ModelLoadError(f"vocab_size={values['vocab_size']} is not supported: 262143 is most")
     if values["head_dim"] > 128:
         raise ModelLoadError(f"head_dim={values['head_dim']} is not supported: 128 is the largest")
-    return LlamaConfig(**values)
+    config = LlamaConfig(**values)
+    try:
+        config.share(shards)
+    except ValueError as error:
+        raise ConfigError(f"the model cannot be cut over {shards} devices: {error}") from error
+    return config
 
 
 class _TensorSource(Protocol):
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray: ...
 
 
 def _read(
@@ -360,12 +377,26 @@ def _read(
     mesh: jax.sharding.Mesh,
     progress: bool,
 ) -> Llama:
-    def load(path: ParamPath, axes: Axes, shape: tuple[int, ...]) -> jax.Array:
-        parts = [_cast(checkpoint.read(name), dtype, name) for name in _stored_names(path)]
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return jax.device_put(whole, named_sharding(mesh, axes))
+    """Each device reads what it has and nothing else, so a model may exceed a host's memory."""
+    shards = mesh.size
 
-    return _fill(config, dtype, load, progress)
+    def load(path: ParamPath, axes: Axes, shape: tuple[int, ...]) -> jax.Array:
+        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            shard = max(
+                (part.start or 0) * shards // size for part, size in zip(index, shape, strict=True)
+            )
+            parts = [
+                _cast(checkpoint.read(name, where), dtype, name)
+                for name, where in _stored_parts(path, config, shard, shards)
+            ]
+            whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            size = [len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True)]
+            short = [n - m for n, m in zip(size, whole.shape, strict=True)]  # of vocabulary
+            return np.pad(whole, [(0, n) for n in short]) if any(short) else whole
+
+        return jax.make_array_from_callback(shape, named_sharding(mesh, axes), of_device)
+
+    return _fill(config, mesh, dtype, load, progress)
 
 
 def _restore(
@@ -374,28 +405,41 @@ def _restore(
     from checkpoints import orbax
 
     abstract: dict[str, jax.ShapeDtypeStruct] = {}
-    for path, variable in _flat_params(nnx.state(_abstract_model(config, dtype))):
-        abstract[_dotted(path)] = jax.ShapeDtypeStruct(
-            variable.shape,
-            dtype,
-            sharding=named_sharding(mesh, variable.get_metadata("out_sharding")),
-        )
+    for path, variable in _flat_params(nnx.state(_abstract_model(config, 1, dtype))):
+        for name, shape in _stored_shapes(path, variable.shape, config).items():
+            sharding = _stored_sharding(name, shape, config, mesh)
+            abstract[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     restored = orbax.restore_model(directory, abstract)
-    return _fill(config, dtype, lambda path, axes, shape: restored[_dotted(path)], False)
+
+    def load(path: ParamPath, axes: Axes, shape: tuple[int, ...]) -> jax.Array:
+        parts = [restored.pop(name) for name in _stored_names(path)]
+        return _side_by_side(parts, shape, named_sharding(mesh, axes))
+
+    return _fill(config, mesh, dtype, load, False)
 
 
-def _abstract_model(config: LlamaConfig, dtype: jnp.dtype) -> Llama:
-    return nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+def _abstract_model(config: LlamaConfig, shards: int, dtype: jnp.dtype) -> Llama:
+    return nnx.eval_shape(lambda: Llama(config, shards, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def abstract_model(config: LlamaConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> Llama:
+    """The model's shapes in their shardings over ``mesh``, for compilers: no weights."""
+
+    def load(path: ParamPath, axes: Axes, shape: tuple[int, ...]) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, axes))
+
+    return _fill(config, mesh, dtype, load, progress=False)
 
 
 def _fill(
     config: LlamaConfig,
+    mesh: jax.sharding.Mesh,
     dtype: jnp.dtype,
     load: Callable[[ParamPath, Axes, tuple[int, ...]], jax.Array],
     progress: bool,
 ) -> Llama:
     """A model whose every parameter is what ``load(path, logical axes, shape)`` returns."""
-    graph, state = nnx.split(_abstract_model(config, dtype))
+    graph, state = nnx.split(_abstract_model(config, mesh.size, dtype))
     flat = _flat_params(state)
     bar = tqdm(flat, desc="Loading weights", disable=not progress, delay=1.0)
     filled = [
@@ -413,13 +457,110 @@ def _dotted(path: ParamPath) -> str:
     return ".".join(str(part) for part in path)
 
 
+_FUSED = dict(zip(("qkv", "out", "gate_up", "down"), GROUPS, strict=True))
+"""Attribute of a fused linear → the targets that it is made of."""
+
+
 def _stored_names(path: ParamPath) -> list[str]:
     """The stored tensors, in canonical names, that side by side make the parameter at ``path``."""
     if path[0] != "layers":
         return [str(path[0])]
-    fused = {"qkv": ("q", "k", "v"), "out": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
     layer, owner = path[1], str(path[-2])
-    return [f"layers.{layer}.{name}" for name in fused.get(owner, (owner,))]
+    return [f"layers.{layer}.{name}" for name in _FUSED.get(owner, (owner,))]
+
+
+def _stored_parts(
+    path: ParamPath, config: LlamaConfig, shard: int, shards: int
+) -> list[tuple[str, tuple[slice, ...] | None]]:
+    """(stored tensor, what of it is read; None is all) that make a device's part of the parameter
+    at ``path``, one above the other; less where the vocabulary's last share is padded."""
+    names = _stored_names(path)
+    if shards == 1:
+        return [(name, None) for name in names]
+    owner = str(path[-2])
+    if owner in ("embed_tokens", "lm_head"):
+        rows = -(-config.vocab_size // shards)
+        start, stop = (min(rows * n, config.vocab_size) for n in (shard, shard + 1))
+        return [(names[0], (slice(start, stop), slice(None)))]
+    if owner not in _FUSED:
+        return [(names[0], None)]
+    owned = config.owned_by(shard, shards)
+    parts: list[tuple[str, tuple[slice, ...] | None]] = []
+    for name, target in zip(names, _FUSED[owner], strict=True):
+        own = slice(*owned[target])
+        by_inputs = target in CUT_BY_INPUTS
+        parts.append((name, (slice(None), own) if by_inputs else (own, slice(None))))
+    return parts
+
+
+def _stored_shapes(
+    path: ParamPath, shape: tuple[int, ...], config: LlamaConfig
+) -> dict[str, tuple[int, ...]]:
+    """The stored tensors of the parameter at ``path``, which is of ``shape`` on one device."""
+    names = _stored_names(path)
+    if len(names) == 1:
+        return {names[0]: shape}
+    inputs, outputs = config.group_features(_FUSED[str(path[-2])])
+    return {name: (rows, inputs) for name, rows in zip(names, outputs, strict=True)}
+
+
+def _stored_sharding(
+    name: str, shape: tuple[int, ...], config: LlamaConfig, mesh: jax.sharding.Mesh
+) -> jax.sharding.NamedSharding:
+    """How a stored tensor is read over ``mesh``: each device what it has of it."""
+    target = name.rpartition(".")[2]
+    if target in ("k", "v") and config.num_kv_heads < mesh.size:
+        # Neighbours have the same head.
+        devices = mesh.devices.reshape(config.num_kv_heads, -1)
+        mesh = jax.sharding.Mesh(devices, (MODEL_AXIS, "copies"))
+    axes = {
+        **dict.fromkeys(("q", "k", "v"), ("heads", "embed")),
+        "o": ("embed", "heads"),
+        **dict.fromkeys(("gate", "up"), ("mlp", "embed")),
+        "down": ("embed", "mlp"),
+        **dict.fromkeys(("embed_tokens", "lm_head"), ("vocab", "embed")),
+    }.get(target, ("norm",))
+    if "vocab" in axes and shape[0] % mesh.size:
+        axes = ("embed", "embed")  # read whole, cut and padded afterwards
+    return named_sharding(mesh, axes)
+
+
+def _side_by_side(
+    parts: list[jax.Array], shape: tuple[int, ...], sharding: jax.sharding.NamedSharding
+) -> jax.Array:
+    """Each device's shards of ``parts``, one above the other, as one array: nothing is sent."""
+    if len(parts) == 1 and parts[0].sharding == sharding and parts[0].shape == shape:
+        return parts[0]
+    index_of = sharding.addressable_devices_indices_map(shape)
+    shards = [{shard.device: shard.data for shard in part.addressable_shards} for part in parts]
+    of_devices = []
+    for device, index in index_of.items():
+        own = jnp.concatenate([shard[device] for shard in shards])
+        if len(own) != len(range(*index[0].indices(shape[0]))):  # a vocabulary that was read whole
+            rows = jnp.pad(own, ((0, shape[0] - len(own)), (0, 0)))
+            own = rows[index[0]]
+        of_devices.append(own)
+    return jax.make_array_from_single_device_arrays(shape, sharding, of_devices)
+
+
+def _taken_apart(path: ParamPath, value: jax.Array, model: Llama) -> dict[str, jax.Array]:
+    """The inverse: the stored tensors of the parameter at ``path``, whatever it is cut over."""
+    names, shards = _stored_names(path), model.shards.count
+    if len(names) == 1:
+        is_vocab = path[0] in ("embed_tokens", "lm_head")
+        return {names[0]: value[: model.config.vocab_size] if is_vocab else value}
+    group = _FUSED[str(path[-2])]
+    _, widths = model.config.share(shards).group_features(group)
+    _, outputs = model.config.group_features(group)
+    of_devices = value.reshape(shards, -1, value.shape[-1])
+    stored: dict[str, jax.Array] = {}
+    start = 0
+    for name, width, rows in zip(names, widths, outputs, strict=True):
+        copies = shards * width // rows
+        part = of_devices[::copies, start : start + width]
+        stored[name] = part.reshape(rows, value.shape[-1])
+        start += width
+    return stored
 
 
 def _cast(array: np.ndarray, dtype: jnp.dtype, name: str) -> np.ndarray:

@@ -15,16 +15,19 @@ are read: they stay on the device, and that step takes them from there.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.dispatch import PLATFORMS
+from pallas_kernels.layout import GROUPS
 from slora_jax.adapter_cache import SwapIn
-from slora_jax.forward_programs import Weights, count_compiles, make_forward, over_leaves
+from slora_jax.forward_programs import SAME, Weights, count_compiles, make_forward, over_leaves
 from slora_jax.input_packing import (
     ResidentAdapter,
     StepShape,
@@ -39,7 +42,7 @@ from slora_jax.page_pool import Pool, allocate_pool, swap_in
 from slora_jax.request import Request
 from slora_jax.sampling import TokenLogprobs, sample, token_logprobs, with_sampled
 from slora_jax.scheduler import Chunk, SchedulerOutput
-from slora_jax.sharding import named_sharding
+from slora_jax.sharding import named_sharding, on_each_device, replicate, specs_of
 from slora_jax.transfer import Packed, pack, unpack
 
 RoundUp = Callable[[tuple[int, ...]], tuple[int, ...]]
@@ -195,21 +198,26 @@ class ModelRunner:
         self.view = view
         self.prefill_tile = prefill_tile
         self.max_prefill_tokens = max_prefill_tokens
-        self._forward = make_forward(model, view, mesh.devices.flat[0].platform)
+        self._forward = make_forward(model, view, mesh)
         head_of, self._weights = over_leaves(model)
+        vocab_size = model.config.vocab_size
         self.pool: Pool = allocate_pool(
             model.config.num_layers,
-            (num_pages, view.kv.rows_per_page, 128),
+            (num_pages, mesh.size * view.kv.rows_per_page, 128),
             dtype,
             named_sharding(mesh, ("pages", "page_rows", "lanes")),
         )
         self._table_width = -(-max_model_len // view.kv.page_size)
         self._adapters: dict[int, ResidentAdapter] = {}
+        # Groups that cost collectives are computed once an adapter has them; others are as cheap
+        # as a program more.
+        is_cut = len(view.adapters.stages) > 1
+        self._groups: tuple[tuple[str, ...], ...] = () if is_cut else GROUPS
         max_tiles = max_prefill_tokens // prefill_tile
         self._steps = step_buckets(view.kernels, max_num_seqs, max_tiles)
         self._samples = row_buckets(max_num_seqs)
         self._scores = row_buckets(max_num_seqs + max_prefill_tokens)
-        self._sampled = jnp.zeros(max_num_seqs, jnp.int32)
+        self._sampled = replicate(mesh, np.zeros(max_num_seqs, np.int32))
         self.num_tokens = 0
         """Tokens computed since the start."""
         self.num_token_rows = 0
@@ -221,18 +229,34 @@ class ModelRunner:
         ) -> tuple[jax.Array, TokenLogprobs | None]:
             rows, how = unpack(packed)
             logits = head_of(weights).logits(hidden[rows])
-            tokens = sample(logits, with_sampled(how, sampled))
-            scores = token_logprobs(logits, tokens, num_top) if num_top >= 0 else None
+            how = with_sampled(how, sampled)
+            is_even = vocab_size % model.shards.count == 0
+            if num_top < 0 and how.truncation is None and is_even:
+                tokens, scores = sample(logits, how, model.shards), None
+            else:  # looks at all logits of a row several times: gather them once
+                logits = model.shards.gather(logits)[:, :vocab_size]
+                tokens = sample(logits, how)
+                scores = token_logprobs(logits, tokens, num_top) if num_top >= 0 else None
             return jnp.pad(tokens, (0, max_num_seqs - len(tokens))), scores
 
         def score_rows(
             weights: Weights, hidden: jax.Array, packed: Packed, num_top: int
         ) -> TokenLogprobs:
             rows, tokens = unpack(packed)
-            return token_logprobs(head_of(weights).logits(hidden[rows]), tokens, num_top)
+            logits = model.shards.gather(head_of(weights).logits(hidden[rows]))
+            return token_logprobs(logits[:, :vocab_size], tokens, num_top)
 
-        self._sample = jax.jit(sample_rows, static_argnames="num_top")
-        self._score = jax.jit(score_rows, static_argnames="num_top")
+        def jitted(function: Callable[..., Any], *others: Any) -> Any:
+            specs = (specs_of(self._weights, mesh), *others)
+
+            def program(*args: Any, num_top: int) -> Any:
+                own = functools.partial(function, num_top=num_top)
+                return on_each_device(own, mesh, specs, SAME)(*args)
+
+            return jax.jit(program, static_argnames="num_top")
+
+        self._sample = jitted(sample_rows, SAME, SAME, SAME)
+        self._score = jitted(score_rows, SAME, SAME)
 
     @property
     def num_compiles(self) -> int:
@@ -242,9 +266,9 @@ class ModelRunner:
     def swap_in(self, swap: SwapIn) -> None:
         """Copy an adapter's pages from CPU memory into the pool; later steps see it."""
         self.pool = swap_in(self.pool, swap.pages, swap.packed.pages)
-        self._adapters[swap.version] = ResidentAdapter.place(
-            swap.packed, tuple(swap.pages), self.view.adapters
-        )
+        resident = ResidentAdapter.place(swap.packed, tuple(swap.pages), self.view.adapters)
+        self._adapters[swap.version] = resident
+        self._groups = tuple(g for g in GROUPS if g in self._groups or g in resident.groups)
 
     def forget(self, version: int) -> None:
         """The adapter has left the pool."""
@@ -265,7 +289,8 @@ class ModelRunner:
             tile=self.prefill_tile,
             page_size=self.view.kv.page_size,
             table_width=self._table_width,
-            layout=self.view.adapters,
+            partition=self.view.adapters,
+            groups=self._groups,
         )
         hidden, self.pool = self._forward(self.pool, self._sampled, pack(batch))
         rows = first_rows(output, shape, self.prefill_tile)

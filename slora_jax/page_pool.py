@@ -17,11 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slora_jax.sharding import named_sharding
+
 Pool = tuple[jax.Array, ...]
 
 HostPages = tuple[np.ndarray | jax.Array, ...]
 """An adapter in CPU memory: runs of its pages, each [layers, n, rows, 128] with n of
-SWAP_IN_PAGES."""
+SWAP_IN_PAGES. Rows are those of all devices side by side, or, in plain memory, of this process's."""
+
+RUN_AXES = ("layers", "pages", "page_rows", "lanes")
+"""Logical axes of a run: each device has its own rows."""
 
 SWAP_IN_PAGES = (8, 4, 2, 1)
 """Pages of one copy, the largest that fits first: few compiled programs, and no padding."""
@@ -47,23 +52,40 @@ class HostMemory:
     pinned: jax.sharding.Sharding | None
     """Where ``place`` puts runs of pages; None leaves them as NumPy arrays."""
 
+    shards: tuple[int, ...] = (0,)
+    """Which of the devices, along the model axis, are this process's: it keeps their parts."""
+
     @classmethod
-    def of(cls, device: Any) -> HostMemory:
-        """What suits ``device``: pinned memory, but for a CPU, whose memory is the device's."""
+    def of(cls, mesh: jax.sharding.Mesh) -> HostMemory:
+        """What suits the devices: pinned memory, but for CPUs, whose memory is the device's."""
+        device = mesh.local_devices[0]
+        shards = tuple(
+            index
+            for index, other in enumerate(mesh.devices.flat)
+            if other.process_index == device.process_index
+        )
         kinds = {memory.kind for memory in device.addressable_memories()}
         if device.platform == "cpu" or "pinned_host" not in kinds:
-            return cls(None)
-        return cls(jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host"))
+            return cls(None, shards)
+        return cls(named_sharding(mesh, RUN_AXES, memory_kind="pinned_host"), shards)
 
     def place(self, pages: np.ndarray) -> HostPages:
-        """``pages`` [layers, n, rows, 128] as runs, each contiguous and ready to be copied."""
+        """``pages`` [layers, n, rows of this process's devices, 128] as runs, each contiguous and
+        ready to be copied."""
         runs: list[np.ndarray | jax.Array] = []
         start = 0
         for count in run_lengths(pages.shape[1]):
             run = np.ascontiguousarray(pages[:, start : start + count])
-            runs.append(run if self.pinned is None else jax.device_put(run, self.pinned))
+            runs.append(run if self.pinned is None else _put(run, self.pinned))
             start += count
         return tuple(runs)
+
+
+def _put(run: np.ndarray | jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A run in ``sharding``; of a NumPy array each device gets its own rows only."""
+    if sharding.is_fully_addressable or isinstance(run, jax.Array):
+        return jax.device_put(run, sharding)
+    return jax.make_array_from_process_local_data(sharding, run)
 
 
 def allocate_pool(
@@ -94,10 +116,13 @@ def swap_in(pool: Pool, page_ids: Sequence[int], pages: HostPages) -> Pool:
     ``pool`` is donated. The copies are queued: a step launched later sees them.
     """
     start = 0
+    sharding = pool[0].sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = named_sharding(sharding.mesh, RUN_AXES)
     for run in pages:
         count = run.shape[1]
         ids = np.asarray(page_ids[start : start + count], np.int32)
-        pool = _write_pages(pool, ids, jax.device_put(run, pool[0].sharding))
+        pool = _write_pages(pool, ids, _put(run, sharding))
         start += count
     assert start == len(page_ids)
     return pool

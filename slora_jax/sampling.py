@@ -36,6 +36,10 @@ import numpy as np
 from jax import lax
 from jax.extend.random import threefry_2x32
 
+from slora_jax.sharding import Shards
+
+WHOLE = Shards(1)
+
 Array = jax.Array | np.ndarray
 
 
@@ -125,36 +129,39 @@ class TokenLogprobs:
     """f32[K, num_top]"""
 
 
-def sample(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
+def sample(logits: jax.Array, batch: SamplingBatch, shards: Shards = WHOLE) -> jax.Array:
     """The next token of each row.
 
     Args:
         logits: f32[K, V], V < 2**18. A row may be garbage, NaN included: it gets some valid id and
-            has no effect on the others.
-        batch: how to sample them.
+            has no effect on the others. Where the vocabulary is cut over devices, this device's
+            equal share of the columns.
+        batch: how to sample them; without truncation where the vocabulary is cut.
+        shards: the devices that it is cut over. Each gets the same result, as if it were whole.
 
     Returns:
         i32[K]
     """
     logits = logits.astype(jnp.float32)
+    first = shards.index() * logits.shape[-1]
     if batch.penalties is not None:
-        logits = penalise(logits, batch.penalties)
+        logits = penalise(logits, batch.penalties, first)
     if batch.banned is not None:
-        logits = _ban(logits, jnp.asarray(batch.banned))
-    likeliest = _argmax(logits)
+        logits = _ban(logits, jnp.asarray(batch.banned), first)
+    likeliest = _argmax(logits, shards)
     if batch.randomness is None:
         return likeliest
 
     temperature = jnp.asarray(batch.randomness.temperature)
     is_random = temperature > 0
     # From here on the likeliest token is at 0, so that no temperature can overflow.
-    scaled = (logits - logits.max(-1, keepdims=True)) / jnp.where(is_random, temperature, 1)[
-        :, None
-    ]
+    largest = shards.max(logits.max(-1, keepdims=True))
+    scaled = (logits - largest) / jnp.where(is_random, temperature, 1)[:, None]
     weights = jnp.exp(scaled)
     if batch.truncation is not None:
+        assert shards.count == 1, "gather the logits first: truncation counts over whole rows"
         weights = _truncate(scaled, weights, batch.truncation, is_random)
-    return jnp.where(is_random, _draw(weights, batch.randomness), likeliest)
+    return jnp.where(is_random, _draw(weights, batch.randomness, shards), likeliest)
 
 
 def token_logprobs(logits: jax.Array, token_ids: Array, num_top: int) -> TokenLogprobs:
@@ -177,12 +184,15 @@ def token_logprobs(logits: jax.Array, token_ids: Array, num_top: int) -> TokenLo
     )
 
 
-def penalise(logits: jax.Array, penalties: Penalties) -> jax.Array:
-    """f32[K, V] logits less the cost of repetition: CTRL's penalty, then OpenAI's two."""
-    num_rows, vocab = logits.shape
+def penalise(logits: jax.Array, penalties: Penalties, first: jax.Array | int = 0) -> jax.Array:
+    """f32[K, V] logits less the cost of repetition: CTRL's penalty, then OpenAI's two.
+
+    The columns are ids ``first`` and on.
+    """
+    num_rows = len(logits)
     history = jnp.asarray(penalties.history)
     rows = jnp.arange(num_rows)[:, None]
-    ids = jnp.where(history < 0, vocab, history)  # Out of range is dropped, where -1 would wrap.
+    ids = _columns(history, logits, first)
     is_output = jnp.arange(history.shape[1])[None, :] >= jnp.asarray(penalties.prompt_len)[:, None]
     seen = jnp.zeros(logits.shape, bool).at[rows, ids].set(True, mode="drop")
     counts = jnp.zeros(logits.shape, jnp.int32)
@@ -207,11 +217,19 @@ def with_sampled(batch: SamplingBatch, sampled: jax.Array) -> SamplingBatch:
     return dataclasses.replace(batch, penalties=penalties)
 
 
-def _ban(logits: jax.Array, banned: jax.Array) -> jax.Array:
-    """f32[K, V] logits with -inf at the ids of banned i32[K, B]."""
-    num_rows, vocab = logits.shape
-    ids = jnp.where(banned < 0, vocab, banned)
-    return logits.at[jnp.arange(num_rows)[:, None], ids].set(-jnp.inf, mode="drop")
+def _ban(logits: jax.Array, banned: jax.Array, first: jax.Array | int) -> jax.Array:
+    """f32[K, V] logits, of ids ``first`` and on, with -inf at the ids of banned i32[K, B]."""
+    rows = jnp.arange(len(logits))[:, None]
+    return logits.at[rows, _columns(banned, logits, first)].set(-jnp.inf, mode="drop")
+
+
+def _columns(ids: jax.Array, logits: jax.Array, first: jax.Array | int) -> jax.Array:
+    """Where ``ids`` are among the columns of ``logits``, of ids ``first`` and on.
+
+    Past the end, which a scatter drops, where they are not: -1 would wrap.
+    """
+    column = ids - first
+    return jnp.where((ids < 0) | (column < 0), logits.shape[-1], column)
 
 
 def _truncate(
@@ -320,13 +338,14 @@ def _top_p_threshold(shares: jax.Array, top_p: jax.Array) -> jax.Array:
     return lax.while_loop(lambda state: jnp.any(is_open(*state)), halve, state)[0]
 
 
-def _draw(weights: jax.Array, randomness: Randomness) -> jax.Array:
+def _draw(weights: jax.Array, randomness: Randomness, shards: Shards) -> jax.Array:
     """i32[K]: ids drawn in proportion to the weights f32[K, V] >= 0, one of them 1.
 
     The Gumbel-max draw in its exponential form: with E exponential, the argmax of weight / E is
     that of log weight - log E, and -log E is a Gumbel variable.
     """
-    vocab = weights.shape[-1]
+    width = weights.shape[-1]
+    ids = jnp.arange(shards.count * width, dtype=jnp.uint32)
     # threefry whatever the user's default: its bits are the same for any batch and any device.
     root = jax.random.key(0, impl="threefry2x32")
 
@@ -334,12 +353,14 @@ def _draw(weights: jax.Array, randomness: Randomness) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(root, seed[0]), seed[1])
         words = jax.random.key_data(jax.random.fold_in(key, position))
         # jax.random.bits would hash once for each word instead of for two: 13 ms, not 7 (CPU).
-        return threefry_2x32((words[0], words[1]), jnp.arange(vocab, dtype=jnp.uint32))
+        return threefry_2x32((words[0], words[1]), ids)
 
     bits = jax.vmap(random_bits)(jnp.asarray(randomness.seed), jnp.asarray(randomness.position))
+    # A word is hashed together with another of the row: draw all, and keep one's own.
+    bits = lax.dynamic_slice_in_dim(bits, shards.index() * width, width, axis=1)
     # Uniform in (0, 1), precise near 0, where the winners are; away from 1, where E is infinite.
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
-    return _argmax(weights / -jnp.log1p(-uniform))
+    return _argmax(weights / -jnp.log1p(-uniform), shards)
 
 
 def _count(mask: jax.Array) -> jax.Array:
@@ -347,11 +368,16 @@ def _count(mask: jax.Array) -> jax.Array:
     return jnp.sum(mask, axis=-1, dtype=jnp.int32)
 
 
-def _argmax(values: jax.Array) -> jax.Array:
-    """i32[K]: the lowest index of each row's maximum; some index for a row with NaN."""
-    vocab = values.shape[-1]
+def _argmax(values: jax.Array, shards: Shards = WHOLE) -> jax.Array:
+    """i32[K]: the lowest index of each row's maximum; some index for a row with NaN.
+
+    Of a row cut over devices, the index in the whole row.
+    """
+    width = values.shape[-1]
     # Used twice below, and XLA would rather compute it twice, random bits and all.
     values = lax.optimization_barrier(values)
-    is_top = values == values.max(-1, keepdims=True)
-    first = jnp.min(jnp.where(is_top, jnp.arange(vocab)[None, :], vocab - 1), axis=-1)
-    return first.astype(jnp.int32)
+    largest = shards.max(values.max(-1, keepdims=True))
+    index = shards.index() * width + jnp.arange(width, dtype=jnp.int32)
+    last = shards.count * width - 1
+    first = jnp.min(jnp.where(values == largest, index[None, :], last), axis=-1)
+    return shards.min(first.astype(jnp.int32))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 
-from pallas_kernels.layout import MAX_RANK, RANK_MULTIPLE, TARGETS, AdapterLayout
+from pallas_kernels.layout import MAX_RANK, RANK_MULTIPLE, TARGETS
 
 Array = Any
 """``jax.Array`` in a compiled step, ``np.ndarray`` where the host fills it in."""
@@ -52,8 +53,16 @@ class LoraBatch:
     """Rt, a multiple of 8: at least the sum, over the adapters, of their largest target rank."""
 
 
+class CountsPages(Protocol):
+    """An ``AdapterLayout``, or what is made of several; hashable."""
+
+    def num_pages(self, ranks: Sequence[int]) -> int:
+        """Pages that an adapter of these ranks takes."""
+        ...
+
+
 @functools.cache
-def lora_bucket_sizes(rank_bucket: int, layout: AdapterLayout) -> tuple[int, int]:
+def lora_bucket_sizes(rank_bucket: int, layout: CountsPages) -> tuple[int, int]:
     """(N, F): table rows and page ids that no step within ``rank_bucket`` can overflow."""
     if rank_bucket < 0 or rank_bucket % RANK_MULTIPLE:
         raise ValueError(f"rank_bucket={rank_bucket} must be a multiple of {RANK_MULTIPLE}")

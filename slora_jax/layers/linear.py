@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from slora_jax.sharding import sharded_param
+from slora_jax.sharding import MESH_AXES, Shards, sharded_param
 
 
 class AddLora(Protocol):
@@ -53,7 +53,12 @@ def dot(x: jax.Array, weight: jax.Array, *, out_dtype: jnp.dtype | None = None) 
 
 
 class LoRALinear(nnx.Module):
-    """One fused linear over a group of targets, plus their adapters' term."""
+    """One fused linear over a group of targets, plus their adapters' term.
+
+    Cut over devices (Megatron-LM, arXiv 1909.08053), by outputs where the first of ``axes`` is, and
+    by inputs where the second is: then each device's output is a part of the sum, its adapters'
+    term included, and one all-reduce adds them up. Features are a device's own.
+    """
 
     def __init__(
         self,
@@ -61,15 +66,24 @@ class LoRALinear(nnx.Module):
         out_features: tuple[int, ...],
         group: tuple[str, ...],
         axes: tuple[str, str],
+        shards: Shards,
         *,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        shape = (sum(out_features), in_features)
-        init = jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(in_features)
+        by_output, by_input = (MESH_AXES[axis] is not None for axis in axes)
+        assert by_output != by_input, axes
+        shape = (
+            sum(out_features) * (shards.count if by_output else 1),
+            in_features * (shards.count if by_input else 1),
+        )
+        init = jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(shape[1])
         self.weight = sharded_param(init.astype(dtype), axes)
         self.group = group
+        self.is_partial = by_input
+        self.shards = shards
 
     def __call__(self, x: jax.Array, pool: jax.Array, add_lora: AddLora) -> jax.Array:
         """``x`` [tokens, in] → [tokens, sum of outputs], the group's outputs side by side."""
-        return add_lora(dot(x, self.weight[...]), x, pool, self.group)
+        y = add_lora(dot(x, self.weight[...]), x, pool, self.group)
+        return self.shards.sum(y) if self.is_partial else y

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from slora_jax.page_pool import SWAP_IN_PAGES, HostMemory, allocate_pool, swap_in
+from slora_jax.sharding import model_mesh
 
 DEVICE = jax.devices()[0]
 PINNED = jax.sharding.SingleDeviceSharding(DEVICE, memory_kind="pinned_host")
@@ -34,4 +35,4 @@ def test_an_adapter_lands_in_its_pages_and_nowhere_else(num_pages, pinned):
 
 
 def test_a_cpu_keeps_plain_arrays():
-    assert HostMemory.of(DEVICE).pinned is None
+    assert HostMemory.of(model_mesh([DEVICE])).pinned is None

@@ -138,7 +138,7 @@ def test_one_program_or_one_a_layer_give_the_same_hidden_states(served: Served):
     runner = served.llm._engine._runner
     layered = runner._forward
     assert isinstance(layered, LayeredForward)  # what a CPU gets
-    whole = WholeForward(served.llm._loaded.model, runner.view)
+    whole = WholeForward(served.llm._loaded.model, runner.view, served.llm._mesh)
     differences = []
 
     def both(pool, sampled, batch):
