@@ -265,7 +265,8 @@ class LlamaCheckpoint:
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Return one tensor by canonical name, dtype as stored (float32, float16 or bfloat16).
 
-        With `index`, a slice for each dimension, only that part is read. Raises `CheckpointError` if it contains NaN or Inf, or if the name does not exist.
+        With `index`, a slice for each dimension, only that part is read. Raises `CheckpointError`
+        if it contains NaN or Inf, or if the name does not exist.
         """
         if name not in self.tensors:
             raise CheckpointError(

@@ -457,7 +457,9 @@ def _dotted(path: ParamPath) -> str:
     return ".".join(str(part) for part in path)
 
 
-_FUSED = dict(zip(("qkv", "out", "gate_up", "down"), GROUPS, strict=True))
+_FUSED: dict[str, tuple[str, ...]] = dict(
+    zip(("qkv", "out", "gate_up", "down"), GROUPS, strict=True)
+)
 """Attribute of a fused linear → the targets that it is made of."""
 
 
@@ -531,14 +533,13 @@ def _side_by_side(
     """Each device's shards of ``parts``, one above the other, as one array: nothing is sent."""
     if len(parts) == 1 and parts[0].sharding == sharding and parts[0].shape == shape:
         return parts[0]
-    index_of = sharding.addressable_devices_indices_map(shape)
     shards = [{shard.device: shard.data for shard in part.addressable_shards} for part in parts]
     of_devices = []
-    for device, index in index_of.items():
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
         own = jnp.concatenate([shard[device] for shard in shards])
         if len(own) != len(range(*index[0].indices(shape[0]))):  # a vocabulary that was read whole
-            rows = jnp.pad(own, ((0, shape[0] - len(own)), (0, 0)))
-            own = rows[index[0]]
+            own = jnp.pad(own, ((0, shape[0] - len(own)), (0, 0)))[index[0]]
         of_devices.append(own)
     return jax.make_array_from_single_device_arrays(shape, sharding, of_devices)
 

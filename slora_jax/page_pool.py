@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ Pool = tuple[jax.Array, ...]
 
 HostPages = tuple[np.ndarray | jax.Array, ...]
 """An adapter in CPU memory: runs of its pages, each [layers, n, rows, 128] with n of
-SWAP_IN_PAGES. Rows are those of all devices side by side, or, in plain memory, of this process's."""
+SWAP_IN_PAGES. Rows are those of all devices side by side; in plain memory, of this process's."""
 
 RUN_AXES = ("layers", "pages", "page_rows", "lanes")
 """Logical axes of a run: each device has its own rows."""
@@ -81,6 +80,11 @@ class HostMemory:
         return tuple(runs)
 
 
+def _of_runs(spec: jax.sharding.PartitionSpec) -> jax.sharding.PartitionSpec:
+    """How runs are cut where a layer of the pool is cut by ``spec``."""
+    return jax.sharding.PartitionSpec(None, *spec)
+
+
 def _put(run: np.ndarray | jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
     """A run in ``sharding``; of a NumPy array each device gets its own rows only."""
     if sharding.is_fully_addressable or isinstance(run, jax.Array):
@@ -118,7 +122,7 @@ def swap_in(pool: Pool, page_ids: Sequence[int], pages: HostPages) -> Pool:
     start = 0
     sharding = pool[0].sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
-        sharding = named_sharding(sharding.mesh, RUN_AXES)
+        sharding = jax.sharding.NamedSharding(sharding.mesh, _of_runs(sharding.spec))
     for run in pages:
         count = run.shape[1]
         ids = np.asarray(page_ids[start : start + count], np.int32)

@@ -1,8 +1,8 @@
 """Logical axis → mesh axis: one table, read by everything that places an array.
 
-Layers name what an axis *is*; this module alone says where it goes. It also owns the few collectives
-that layers use (``Shards``) and the wrapping of a function that each device runs on its own part.
-It refuses to know layers.
+Layers name what an axis *is*; this module alone says where it goes. It also owns the collectives
+that layers use (``Shards``) and the wrapping of what each device runs on its own part. It refuses
+to know layers.
 """
 
 from __future__ import annotations
