@@ -381,7 +381,8 @@ def _read(
     shards = mesh.size
 
     def load(path: ParamPath, axes: Axes, shape: tuple[int, ...]) -> jax.Array:
-        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+        def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             shard = max(
                 (part.start or 0) * shards // size for part, size in zip(index, shape, strict=True)
             )
@@ -405,7 +406,7 @@ def _restore(
     from checkpoints import orbax
 
     abstract: dict[str, jax.ShapeDtypeStruct] = {}
-    for path, variable in _flat_params(nnx.state(_abstract_model(config, 1, dtype))):
+    for path, variable in _flat_params(_abstract_model(config, 1, dtype)[1]):
         for name, shape in _stored_shapes(path, variable.shape, config).items():
             sharding = _stored_sharding(name, shape, config, mesh)
             abstract[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -418,8 +419,12 @@ def _restore(
     return _fill(config, mesh, dtype, load, False)
 
 
-def _abstract_model(config: LlamaConfig, shards: int, dtype: jnp.dtype) -> Llama:
-    return nnx.eval_shape(lambda: Llama(config, shards, dtype=dtype, rngs=nnx.Rngs(0)))
+def _abstract_model(
+    config: LlamaConfig, shards: int, dtype: jnp.dtype
+) -> tuple[nnx.GraphDef[Llama], nnx.State]:
+    """A model's structure and shapes. Not by ``nnx.eval_shape``: within ``jax.set_mesh`` it would
+    take our logical axes for the mesh's."""
+    return jax.eval_shape(lambda: nnx.split(Llama(config, shards, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
 def abstract_model(config: LlamaConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> Llama:
@@ -439,7 +444,7 @@ def _fill(
     progress: bool,
 ) -> Llama:
     """A model whose every parameter is what ``load(path, logical axes, shape)`` returns."""
-    graph, state = nnx.split(_abstract_model(config, mesh.size, dtype))
+    graph, state = _abstract_model(config, mesh.size, dtype)
     flat = _flat_params(state)
     bar = tqdm(flat, desc="Loading weights", disable=not progress, delay=1.0)
     filled = [

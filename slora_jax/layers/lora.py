@@ -99,6 +99,7 @@ class LoraContext:
         hidden = self._add(hidden, x, pool, layer, group, 0).reshape(tokens, targets, WIDTH)
         gathered, summed = self.widths
         if group[0] not in CUT_BY_INPUTS:
+            assert self.cut_rank is not None
             hidden = self.shards.gather(hidden[:, :, :gathered])
             # Each device has sent as many columns as the largest rank's share: where an adapter's
             # is smaller, its ranks are not side by side yet.
