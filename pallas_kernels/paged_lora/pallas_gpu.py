@@ -325,7 +325,8 @@ def _decode(
     )
     stages = min(12, (SHARED_BYTES - used) // (CHUNK * LANES * 2))
     ragged = any(n % WINDOW for n in out_blocks)
-    aligned = not any(place % WINDOW for place in places)  # tiles of ys must fall on y's
+    # Tiles of ys must fall on y's.
+    aligned = not any(place % WINDOW for place in (*places, y_ref.shape[1]))
 
     def body(*refs):
         (

@@ -1,0 +1,80 @@
+"""Whatever a model is cut over, and however its adapters are, its tokens are those of the dense
+oracle: in roomy pools and in pools so small that adapters leave and requests are preempted."""
+
+import pytest
+
+from slora_jax import LLM, SamplingParams
+from tests.serving import TinyModel, assert_only_idle_adapters_left, fresh_engine, random_prompts
+
+NUM_TOKENS = 12
+SEQS, TILE = 4, 8
+OPTIONS = {"max_num_seqs": SEQS, "prefill_tile": TILE, "max_num_batched_tokens": 2 * TILE}
+PROMPTS = random_prompts((3, 20, 33, 9, 14), seed=2)
+ADAPTER_IDS = ["all", "attention", "mlp", "qv", None]
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+SAMPLED = [
+    SamplingParams(temperature=0.8, seed=1, max_tokens=6, ignore_eos=True),
+    SamplingParams(temperature=0.8, seed=2, frequency_penalty=0.5, max_tokens=6, ignore_eos=True),
+    SamplingParams(temperature=1.2, seed=3, top_k=30, top_p=0.9, max_tokens=6, ignore_eos=True),
+    SamplingParams(temperature=0, logprobs=3, max_tokens=6, ignore_eos=True),
+    SamplingParams(temperature=0, logit_bias=None, min_tokens=4, max_tokens=6)
+    if False
+    else SamplingParams(temperature=0, min_tokens=4, max_tokens=6),
+]
+
+
+def serve(model: TinyModel, devices: int, scheme: str) -> LLM:
+    llm = model.serve(
+        tensor_parallel=devices,
+        lora_partition=scheme,
+        max_model_len=64,
+        page_size=32,
+        pool_bytes=2**22,
+        **OPTIONS,
+    )
+    runner = llm.engine._runner
+    # Few programs: these serve any step.
+    runner._steps._compiled |= {(d, t, r) for d in (0, SEQS) for t in (0, 2) for r in (0, 64)}
+    runner._samples._compiled.add((SEQS,))
+    return llm
+
+
+def tokens_of(llm: LLM, params) -> list[list[int]]:
+    outputs = llm.generate(PROMPTS, ADAPTER_IDS, params, progress=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def check(model: TinyModel, devices: int, scheme: str) -> list[list[int]]:
+    expected = [
+        model.greedy(prompt, adapter, NUM_TOKENS)
+        for prompt, adapter in zip(PROMPTS, ADAPTER_IDS, strict=True)
+    ]
+    with serve(model, devices, scheme) as llm:
+        assert tokens_of(llm, GREEDY) == expected
+        sampled = tokens_of(llm, SAMPLED)
+        assert_only_idle_adapters_left(llm)
+        # As many pages as the largest adapter and one request need, and a few more.
+        pages = max(info.num_pages for info in llm.list_adapters())
+        with fresh_engine(llm, model.adapters, num_pages=pages + 5, **OPTIONS) as tight:
+            assert tokens_of(tight, GREEDY) == expected
+            stats = tight.stats()
+            assert stats.evictions > 0
+            assert_only_idle_adapters_left(tight)
+        assert {array.sharding.num_devices for array in llm.engine._runner.pool} == {devices}
+        return sampled
+
+
+@pytest.fixture(scope="session")
+def sampled_on_one(gqa) -> list[list[int]]:
+    return check(gqa, 1, "no_extra_collectives")
+
+
+@pytest.mark.parametrize("scheme", ["no_extra_collectives", "s_lora"])
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_tokens_do_not_depend_on_the_number_of_devices(gqa, devices, scheme, sampled_on_one):
+    assert check(gqa, devices, scheme) == sampled_on_one
+
+
+@pytest.mark.parametrize("scheme", ["no_extra_collectives", "s_lora"])
+def test_a_model_whose_every_head_has_its_own_keys(mha, scheme):
+    check(mha, 4, scheme)
