@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pallas_kernels.layout import AdapterLayout
+from pallas_kernels.layout import TARGETS, AdapterLayout
 from pallas_kernels.paged_attention.api import AttentionBatch
 from pallas_kernels.paged_lora.api import LoraBatch, lora_bucket_sizes
 from slora_jax.adapter_store import PackedAdapter
@@ -20,7 +20,7 @@ from slora_jax.batch import ForwardBatch
 from slora_jax.request import Request
 from slora_jax.sampling import Penalties, Randomness, SamplingBatch, Truncation
 from slora_jax.sampling_params import split_seed
-from slora_jax.scheduler import Chunk, SchedulerOutput
+from slora_jax.scheduler import SchedulerOutput
 
 MIN_HISTORY = 64
 """Smallest padded length of the token histories that penalties read."""
@@ -101,6 +101,8 @@ def pack_step(
     tile: int,
     page_size: int,
     table_width: int,
+    max_num_seqs: int,
+    num_layers: int,
     layout: AdapterLayout,
 ) -> ForwardBatch:
     """Fill a step's arrays; everything beyond the real tokens points at the null page.
@@ -114,6 +116,7 @@ def pack_step(
     positions = np.full(num_tokens, -1, np.int32)
     adapter_index = np.zeros(num_tokens, np.int32)
     sampled_row = np.full(shape.decode, -1, np.int32)
+    ending_row = np.zeros(max_num_seqs, np.int32)
     page_table = np.zeros((shape.decode + shape.tiles, table_width), np.int32)
     index_of_version = {0: 0}
     rows = first_rows(output, shape, tile)
@@ -138,6 +141,10 @@ def pack_step(
             tile_index = shape.decode + (row - shape.decode) // tile
             table_rows = slice(tile_index, tile_index + -(-chunk.num_tokens // tile))
         page_table[table_rows, : len(pages)] = pages
+    ending = [chunk for chunk in (*output.decode, *output.prefill) if chunk.is_last]
+    ending_row[: len(ending)] = [
+        rows[chunk.request.request_id] + chunk.num_tokens - 1 for chunk in ending
+    ]
     attention = AttentionBatch(
         slots=slots,
         positions=positions,
@@ -147,12 +154,23 @@ def pack_step(
     )
     versions = [version for version in index_of_version if version]
     lora = (
-        _pack_lora([adapters[v] for v in versions], adapter_index, shape.rank, layout)
+        _pack_lora(
+            [adapters[v] for v in versions],
+            adapter_index,
+            shape.rank,
+            max_num_seqs,
+            num_layers,
+            layout,
+        )
         if shape.rank
         else None
     )
     return ForwardBatch(
-        token_ids=token_ids, sampled_row=sampled_row, attention=attention, lora=lora
+        token_ids=token_ids,
+        sampled_row=sampled_row,
+        ending_row=ending_row,
+        attention=attention,
+        lora=lora,
     )
 
 
@@ -160,13 +178,15 @@ def _pack_lora(
     adapters: Sequence[ResidentAdapter],
     adapter_index: np.ndarray,
     rank_bucket: int,
+    max_num_seqs: int,
+    num_layers: int,
     layout: AdapterLayout,
 ) -> LoraBatch:
     """The step's adapter tables; row 0 is the base, of rank 0."""
     num_rows, num_pages = lora_bucket_sizes(rank_bucket, layout)
-    num_layers, num_targets = adapters[0].scaling.shape
-    tables = np.zeros((3, num_rows, num_targets), np.int32)
-    scaling = np.zeros((num_layers, num_rows, num_targets), np.float32)
+    num_rows = min(num_rows, max_num_seqs + 1)
+    tables = np.zeros((3, num_rows, len(TARGETS)), np.int32)
+    scaling = np.zeros((num_layers, num_rows, len(TARGETS)), np.float32)
     pages = np.zeros(num_pages, np.int32)
     page_start = np.zeros(num_rows, np.int32)
     used = 0
@@ -186,14 +206,6 @@ def _pack_lora(
         scaling=scaling,
         rank_bucket=rank_bucket,
     )
-
-
-def last_rows(chunks: Sequence[Chunk], rows: Mapping[str, int], size: int) -> np.ndarray:
-    """i32[size]: the flat row of each chunk's last token, padded with row 0."""
-    result = np.zeros(size, np.int32)
-    for k, chunk in enumerate(chunks):
-        result[k] = rows[chunk.request.request_id] + chunk.num_tokens - 1
-    return result
 
 
 def pack_sampling(

@@ -14,9 +14,10 @@ are read: they stay on the device, and that step takes them from there.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,19 @@ import numpy as np
 
 from pallas_kernels.dispatch import PLATFORMS
 from slora_jax.adapter_cache import SwapIn
-from slora_jax.forward_programs import Weights, count_compiles, make_forward, over_leaves
+from slora_jax.batch import ForwardBatch
+from slora_jax.forward_programs import (
+    Programs,
+    Weights,
+    compiler_options,
+    count_compiles,
+    make_forward,
+    over_leaves,
+)
 from slora_jax.input_packing import (
     ResidentAdapter,
     StepShape,
     first_rows,
-    last_rows,
     needed_shape,
     pack_sampling,
     pack_step,
@@ -37,7 +45,13 @@ from slora_jax.input_packing import (
 from slora_jax.models.llama import Llama, PoolView
 from slora_jax.page_pool import Pool, allocate_pool, swap_in
 from slora_jax.request import Request
-from slora_jax.sampling import TokenLogprobs, sample, token_logprobs, with_sampled
+from slora_jax.sampling import (
+    SamplingBatch,
+    TokenLogprobs,
+    sample,
+    token_logprobs,
+    with_sampled,
+)
 from slora_jax.scheduler import Chunk, SchedulerOutput
 from slora_jax.sharding import named_sharding
 from slora_jax.transfer import Packed, pack, unpack
@@ -145,13 +159,20 @@ def _power(base: int, number: int, first: int = 1) -> int:
     return size if number else 0
 
 
-def step_buckets(kernels: str, max_num_seqs: int, max_tiles: int) -> Buckets:
+def _few(number: int) -> int:
+    """``number`` rounded up to one of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, …"""
+    power = _power(2, number)
+    return power * 3 // 4 if power > 2 and number <= power * 3 // 4 else power
+
+
+def step_buckets(kernels: str, max_num_seqs: int, max_tiles: int, tile: int) -> Buckets:
     """Of (decode rows, prefill tiles, rank): what a row too many costs decides how fine they are.
 
     Plain XLA pays for each row, and CPUs compile fast. Pallas kernels follow the tokens that there
     are and dense matmuls read their weights whatever the rows, so there rows of decode and ranks
-    are coarse, and only tiles, 128 tokens each, are counted well.
+    are coarse, and only rows of prefill, 128 at a time, are counted well.
     """
+    unit = max(128 // tile, 1)
 
     def fine(need: tuple[int, ...]) -> tuple[int, ...]:
         decode, tiles, rank = need
@@ -164,16 +185,27 @@ def step_buckets(kernels: str, max_num_seqs: int, max_tiles: int) -> Buckets:
     def coarse(need: tuple[int, ...]) -> tuple[int, ...]:
         decode, tiles, rank = need
         rows = max_num_seqs if tiles else min(_power(4, decode, first=16), max_num_seqs)
-        return rows, min(_power(2, tiles), max_tiles), _power(8, rank, first=1024)
+        return rows, min(unit * _few(-(-tiles // unit)), max_tiles), _power(8, rank, first=1024)
 
     if kernels in PLATFORMS:
         return Buckets(coarse, slack=(4, 1, math.inf))
     return Buckets(fine, slack=(4, 4, 4))
 
 
-def row_buckets(most: int) -> Buckets:
-    """Of rows whose logits are computed."""
-    return Buckets(lambda need: (min(_power(2, need[0]), most),), slack=(4,))
+def steps_to_come(max_num_seqs: int, max_tiles: int, rank: int) -> Iterator[tuple[int, int, int]]:
+    """Needs whose buckets serve any step of at most these sizes where kernels serve, and otherwise
+    decode, and prefill beside the most decodes."""
+    for ranks in {0, rank}:
+        for power in range(max_num_seqs.bit_length() + 1):
+            yield min(2**power, max_num_seqs), 0, ranks
+        for tiles in range(1, max_tiles + 1):
+            yield max_num_seqs, tiles, ranks
+
+
+def row_buckets(kernels: str, most: int) -> Buckets:
+    """Of rows whose logits are computed: as coarse as rows of decode."""
+    base, first = (4, 16) if kernels in PLATFORMS else (2, 1)
+    return Buckets(lambda need: (min(_power(base, need[0], first=first), most),), slack=(4,))
 
 
 class ModelRunner:
@@ -193,6 +225,7 @@ class ModelRunner:
         max_model_len: int,
     ):
         self.view = view
+        self.max_num_seqs = max_num_seqs
         self.prefill_tile = prefill_tile
         self.max_prefill_tokens = max_prefill_tokens
         self._forward = make_forward(model, view, mesh.devices.flat[0].platform)
@@ -206,9 +239,10 @@ class ModelRunner:
         self._table_width = -(-max_model_len // view.kv.page_size)
         self._adapters: dict[int, ResidentAdapter] = {}
         max_tiles = max_prefill_tokens // prefill_tile
-        self._steps = step_buckets(view.kernels, max_num_seqs, max_tiles)
-        self._samples = row_buckets(max_num_seqs)
-        self._scores = row_buckets(max_num_seqs + max_prefill_tokens)
+        self._max_tiles = max_tiles
+        self._steps = step_buckets(view.kernels, max_num_seqs, max_tiles, prefill_tile)
+        self._samples = row_buckets(view.kernels, max_num_seqs)
+        self._scores = row_buckets(view.kernels, max_num_seqs + max_prefill_tokens)
         self._sampled = jnp.zeros(max_num_seqs, jnp.int32)
         self.num_tokens = 0
         """Tokens computed since the start."""
@@ -217,11 +251,15 @@ class ModelRunner:
         self._sampled_rows: dict[str, int] = {}  # request id → row of `_sampled`
 
         def sample_rows(
-            weights: Weights, hidden: jax.Array, sampled: jax.Array, packed: Packed, num_top: int
+            weights: Weights,
+            ending: jax.Array,
+            sampled: jax.Array,
+            packed: Packed,
+            size: int,
+            num_top: int,
         ) -> tuple[jax.Array, TokenLogprobs | None]:
-            rows, how = unpack(packed)
-            logits = head_of(weights).logits(hidden[rows])
-            tokens = sample(logits, with_sampled(how, sampled))
+            logits = head_of(weights).logits(ending[:size])
+            tokens = sample(logits, with_sampled(unpack(packed), sampled))
             scores = token_logprobs(logits, tokens, num_top) if num_top >= 0 else None
             return jnp.pad(tokens, (0, max_num_seqs - len(tokens))), scores
 
@@ -231,13 +269,39 @@ class ModelRunner:
             rows, tokens = unpack(packed)
             return token_logprobs(head_of(weights).logits(hidden[rows]), tokens, num_top)
 
-        self._sample = jax.jit(sample_rows, static_argnames="num_top")
-        self._score = jax.jit(score_rows, static_argnames="num_top")
+        options = compiler_options(mesh.devices.flat[0].platform)
+        static = ("size", "num_top")
+        self._sample = Programs(sample_rows, static_argnames=static, compiler_options=options)
+        self._score = jax.jit(score_rows, static_argnames="num_top", compiler_options=options)
 
     @property
     def num_compiles(self) -> int:
         """Programs compiled so far."""
-        return self._forward.num_compiles() + count_compiles(self._sample, self._score)
+        return self._forward.num_compiles() + len(self._sample) + count_compiles(self._score)
+
+    def warm_up(self, rank: int) -> None:
+        """Compile, in parallel, for any step of greedy requests whose adapters' largest ranks add
+        up to at most ``rank``.
+        """
+        hidden = self.view.adapters.in_features[0]
+        ending = jax.ShapeDtypeStruct((self.max_num_seqs, hidden), self.pool[0].dtype)
+        how = pack(SamplingBatch())
+        needs = list(steps_to_come(self.max_num_seqs, self._max_tiles, rank))
+        shapes = {self._steps.choose(need) for need in needs}
+        sizes = {self._samples.choose((decode,))[0] for decode, _, _ in needs}
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            pending = []
+            for shape in sorted(shapes, reverse=True):
+                batch = pack(self._pack(SchedulerOutput(), StepShape(*shape)))
+                lowered = self._forward.lower(self.pool, self._sampled, batch)
+                pending.append(threads.submit(lowered))
+            for size in sizes:
+                lowered = self._sample.lower(
+                    self._weights, ending, self._sampled, how, size=size, num_top=-1
+                )
+                pending.append(threads.submit(lowered))
+            for future in pending:
+                future.result()
 
     def swap_in(self, swap: SwapIn) -> None:
         """Copy an adapter's pages from CPU memory into the pool; later steps see it."""
@@ -257,7 +321,26 @@ class ModelRunner:
         """
         need = needed_shape(output, self._adapters, self.prefill_tile)
         shape = StepShape(*self._steps.choose(dataclasses.astuple(need)))
-        batch = pack_step(
+        batch = pack(self._pack(output, shape))
+        hidden, self.pool = self._forward(self.pool, self._sampled, batch)
+        rows = first_rows(output, shape, self.prefill_tile)
+        chunks = (*output.decode, *output.prefill)
+        self.num_tokens += sum(chunk.num_tokens for chunk in chunks)
+        self.num_token_rows += shape.decode + shape.tiles * self.prefill_tile
+        prompt_scores = self._score_prompts(hidden.all, chunks, rows)
+        ending = [chunk.request for chunk in chunks if chunk.is_last]
+        scores = self._sample_next(hidden.ending, ending, seeds)
+        launched = LaunchedStep(
+            self._sampled,
+            tuple(ending),
+            scores,
+            prompt_scores,
+        )
+        launched.start_reading()
+        return launched
+
+    def _pack(self, output: SchedulerOutput, shape: StepShape) -> ForwardBatch:
+        return pack_step(
             output,
             self._adapters,
             shape,
@@ -265,34 +348,15 @@ class ModelRunner:
             tile=self.prefill_tile,
             page_size=self.view.kv.page_size,
             table_width=self._table_width,
+            max_num_seqs=self.max_num_seqs,
+            num_layers=len(self.pool),
             layout=self.view.adapters,
         )
-        hidden, self.pool = self._forward(self.pool, self._sampled, pack(batch))
-        rows = first_rows(output, shape, self.prefill_tile)
-        chunks = (*output.decode, *output.prefill)
-        self.num_tokens += sum(chunk.num_tokens for chunk in chunks)
-        self.num_token_rows += shape.decode + shape.tiles * self.prefill_tile
-        prompt_scores = self._score_prompts(hidden, chunks, rows)
-        ending = [chunk for chunk in chunks if chunk.is_last]
-        scores = self._sample_chunks(hidden, ending, rows, seeds)
-        launched = LaunchedStep(
-            self._sampled,
-            tuple(chunk.request for chunk in ending),
-            scores,
-            prompt_scores,
-        )
-        launched.start_reading()
-        return launched
 
-    def _sample_chunks(
-        self,
-        hidden: jax.Array,
-        chunks: Sequence[Chunk],
-        rows: dict[str, int],
-        seeds: Sequence[int],
+    def _sample_next(
+        self, ending: jax.Array, requests: Sequence[Request], seeds: Sequence[int]
     ) -> TokenLogprobs | None:
-        """Leaves the tokens in ``_sampled``, in the order of the chunks."""
-        requests = [chunk.request for chunk in chunks]
+        """Leaves a token for each request in ``_sampled``; ``ending`` has their hidden states."""
         if not requests:
             self._sampled_rows = {}
             return None
@@ -301,9 +365,10 @@ class ModelRunner:
         asked = max(_num_top(request.sampling_params.logprobs) for request in requests)
         self._sampled, scores = self._sample(
             self._weights,
-            hidden,
+            ending,
             self._sampled,
-            pack((last_rows(chunks, rows, size), how)),
+            pack(how),
+            size=size,
             num_top=_bucket_top(asked),
         )
         self._sampled_rows = {r.request_id: row for row, r in enumerate(requests)}
