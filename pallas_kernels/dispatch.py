@@ -19,8 +19,9 @@ from pallas_kernels.layout import AdapterLayout, KVLayout
 MODULES = {"reference": "reference", "xla": "xla", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}
 """Implementation name → module in each op's folder."""
 
-PREFILL_TILE = {"reference": 8, "xla": 8, "gpu": 128, "tpu": 128}
-"""Tokens a prefill tile that suit each implementation: kernels fill a matrix unit with them."""
+PREFILL_TILE = {"reference": 8, "xla": 8, "gpu": 16, "tpu": 128}
+"""Tokens a prefill tile that suit each implementation: the TPU kernels fill a matrix unit with
+them, the GPU kernels join as many tiles of a sequence as they need."""
 
 PLATFORMS = {"gpu": ("gpu", "cuda"), "tpu": ("tpu",)}
 """Implementation with kernels → ``jax.Device.platform`` that they are for."""

@@ -47,6 +47,10 @@ class ForwardBatch:
     """i32[D]: where among the tokens that the step before sampled a decode row's token is, which
     the host has not read yet; -1 where ``token_ids`` has it."""
 
+    ending_row: Array
+    """i32[most requests at once]: the rows whose hidden states the next tokens come from, 0 past
+    the last."""
+
     attention: AttentionBatch
     """Where each token's K and V go, and which pages each row attends to."""
 

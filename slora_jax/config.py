@@ -37,17 +37,18 @@ class EngineConfig:
     """How adapters are cut over several devices (``adapter_partition``). ``s_lora`` reads fewer of
     their bytes and communicates more; it takes ranks up to 128. Changing this recompiles."""
 
-    max_num_seqs: int = 64
-    """Most requests that run at once. Fixes the largest decode bucket: changing this recompiles."""
+    max_num_seqs: int | None = None
+    """Most requests that run at once. Fixes the largest decode bucket: changing this recompiles.
+    ``None``: 64, or 256 where Pallas kernels serve."""
 
     max_num_batched_tokens: int | None = None
     """Prefill tokens of one step, tile padding included: a longer prompt is read in chunks. Fixes
-    the largest prefill bucket: changing this recompiles. ``None``: 32 tiles, or 16 where a tile is
-    128 tokens."""
+    the largest prefill bucket: changing this recompiles. ``None``: 256, or 512 where Pallas kernels
+    serve; less makes running requests wait less for long prompts."""
 
     prefill_tile: int | None = None
     """Prefill chunks are laid out in tiles of this many tokens, so that a tile belongs to one
-    request. Changing this recompiles. ``None``: what suits the kernels, 8 or 128."""
+    request. Changing this recompiles. ``None``: what suits the kernels, 8, 16 or 128."""
 
     max_model_len: int | None = None
     """Most tokens of one request, prompt and output together. ``None``: the model's
@@ -79,13 +80,10 @@ class EngineConfig:
     """Of requests that sample without a seed of their own."""
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("tensor_parallel", 1),
-            ("max_num_seqs", 1),
-            ("seed", 0),
-        ):
-            _check_int(name, getattr(self, name), low)
+        _check_int("tensor_parallel", self.tensor_parallel, 1)
+        _check_int("seed", self.seed, 0)
         for name in (
+            "max_num_seqs",
             "max_num_batched_tokens",
             "prefill_tile",
             "max_model_len",
@@ -97,7 +95,7 @@ class EngineConfig:
         if self.host_adapter_bytes is not None:
             _check_int("host_adapter_bytes", self.host_adapter_bytes, 0)
         if self.prefill_tile is not None:
-            self.prefill_sizes(self.prefill_tile)
+            self.prefill_sizes(self.prefill_tile, self.prefill_tile)
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         if not isinstance(self.compilation_cache, bool):
             raise ConfigError(f"compilation_cache={self.compilation_cache!r} must be True or False")
@@ -109,10 +107,10 @@ class EngineConfig:
         if not is_number or not 0 < fraction <= 1:
             raise ConfigError(f"memory_fraction={fraction!r} must be above 0 and at most 1")
 
-    def prefill_sizes(self, suited_tile: int) -> tuple[int, int]:
-        """(tokens a tile, most prefill tokens a step), given the tile that suits the kernels."""
+    def prefill_sizes(self, suited_tile: int, suited_tokens: int) -> tuple[int, int]:
+        """(tokens a tile, most prefill tokens a step), given what suits the kernels."""
         tile = self.prefill_tile or suited_tile
-        tokens = self.max_num_batched_tokens or tile * (16 if tile >= 128 else 32)
+        tokens = self.max_num_batched_tokens or max(suited_tokens // tile, 1) * tile
         if tokens % tile:
             raise ConfigError(
                 f"max_num_batched_tokens={tokens} must be a multiple of prefill_tile={tile}"

@@ -116,7 +116,7 @@ class Engine:
             self.cache,
             self.store,
             page_size=self._page_size,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=runner.max_num_seqs,
             max_num_batched_tokens=runner.max_prefill_tokens,
             prefill_tile=runner.prefill_tile,
             max_model_len=max_model_len,
@@ -186,6 +186,11 @@ class Engine:
         """Let the adapter be evicted again when it is idle."""
         self.check_open()
         self.scheduler.unpin_adapter(self.store.resolve(name))
+
+    def warm_up(self) -> None:
+        """Compile for every size of step that the adapters known so far can need."""
+        self.check_open()
+        self._runner.warm_up([info.ranks for info in self.list_adapters()])
 
     # -- requests ---------------------------------------------------------------------------------
 

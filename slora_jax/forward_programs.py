@@ -9,8 +9,8 @@ half a minute, for 30 calls of about 0.1 ms in a step of 50 ms and more. Refuses
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from pallas_kernels.dispatch import PLATFORMS
 from slora_jax.batch import ForwardBatch
 from slora_jax.models.llama import Llama, PoolView, StepContext
 from slora_jax.page_pool import Pool
@@ -39,10 +40,12 @@ M = TypeVar("M", bound=nnx.Module)
 class Forward(Protocol):
     """Tokens → hidden states; the pool is donated and comes back."""
 
-    def __call__(self, pool: Pool, sampled: jax.Array, batch: Packed) -> tuple[jax.Array, Pool]:
-        """(hidden [T, hidden], pool). ``sampled`` i32[any]: the tokens of the step before;
-        ``batch`` is a packed ForwardBatch.
-        """
+    def __call__(self, pool: Pool, sampled: jax.Array, batch: Packed) -> tuple[Hidden, Pool]:
+        """``sampled`` i32[any]: the tokens of the step before; ``batch``: a packed ForwardBatch."""
+        ...
+
+    def lower(self, pool: Pool, sampled: jax.Array, batch: Packed) -> Callable[[], Any]:
+        """A function that makes ready for a call with arguments of these shapes, in any thread."""
         ...
 
     def num_compiles(self) -> int:
@@ -50,44 +53,106 @@ class Forward(Protocol):
         ...
 
 
+class Hidden(NamedTuple):
+    """What the last layer says."""
+
+    all: jax.Array
+    """[T, hidden]."""
+    ending: jax.Array
+    """[most requests at once, hidden]: the rows ``ForwardBatch.ending_row`` of ``all``."""
+
+
 def make_forward(model: Llama, view: PoolView, mesh: Mesh) -> Forward:
     """The form that suits the platform of the devices."""
     platform = mesh.devices.flat[0].platform
-    return (LayeredForward if platform == "cpu" else WholeForward)(model, view, mesh)
+    if platform == "cpu":
+        return LayeredForward(model, view, mesh)
+    return WholeForward(model, view, mesh, compiler_options(platform))
+
+
+def compiler_options(platform: str) -> dict[str, bool]:
+    """XLA's, for the programs of a step.
+
+    On GPUs cuBLAS alone multiplies: what XLA's autotuner picks among Triton's kernels too is slower
+    in place (Llama-7B, 128 rows, H100: 9.84 against 9.31 ms a step), and to try them takes most
+    of the compilation's time (8 to 10 s against 3).
+    """
+    if platform in PLATFORMS["gpu"]:
+        return {"xla_gpu_enable_triton_gemm": False}
+    return {}
+
+
+class Programs:
+    """A function's compiled programs, one for each packed argument's shape: compiled ahead, or at
+    the first call.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any):
+        """``function(…, packed, **static)``; ``options`` are ``jax.jit``'s."""
+        self._jitted = jax.jit(function, **options)
+        self._compiled: dict[Any, Any] = {}
+
+    def lower(self, *args: Any, **static: Any) -> Callable[[], Any]:
+        """A function that compiles for these arguments, which may be called in any thread.
+
+        It returns the program (``jax.stages.Compiled``).
+        """
+        lowered = self._jitted.lower(*args, **static)
+        key = _key(args, static)
+
+        def compile_() -> Any:
+            self._compiled[key] = lowered.compile()
+            return self._compiled[key]
+
+        return compile_
+
+    def __call__(self, *args: Any, **static: Any) -> Any:
+        """What the function returns."""
+        program = self._compiled.get(_key(args, static))
+        return (program or self.lower(*args, **static)())(*args)
+
+    def __len__(self) -> int:
+        """Programs compiled so far."""
+        return len(self._compiled)
+
+
+def _key(args: tuple[Any, ...], static: Mapping[str, Any]) -> Any:
+    packed: Packed = args[-1]
+    return packed.spec, tuple(static.values())
 
 
 class WholeForward:
-    """The step as one program."""
+    """The step as one program a size."""
 
-    def __init__(self, model: Llama, view: PoolView, mesh: Mesh):
+    def __init__(self, model: Llama, view: PoolView, mesh: Mesh, options: Mapping[str, bool]):
+        """``options``: the compiler's."""
         call, self._weights = over_leaves(model)
 
         def forward(
-            weights: Weights, pool: Pool, sampled: jax.Array, batch: Packed
-        ) -> tuple[jax.Array, Pool]:
-            return call(weights)(_receive(batch, sampled), pool, view)
+            weights: Weights, pool: Pool, sampled: jax.Array, packed: Packed
+        ) -> tuple[Hidden, Pool]:
+            batch = _receive(packed, sampled)
+            hidden, pool = call(weights)(batch, pool, view)
+            return Hidden(hidden, hidden[batch.ending_row]), pool
 
-        self._program = jax.jit(
-            on_each_device(
-                forward,
-                mesh,
-                (specs_of(self._weights, mesh), POOL_SPEC, SAME, SAME),
-                (SAME, POOL_SPEC),
-            ),
+        specs = (specs_of(self._weights, mesh), POOL_SPEC, SAME, SAME)
+        self._programs = Programs(
+            on_each_device(forward, mesh, specs, (SAME, POOL_SPEC)),
             donate_argnums=1,
+            compiler_options=dict(options),
         )
 
-    def lower(self, pool: Any, sampled: Any, batch: Packed) -> jax.stages.Lowered:
-        """The program of these shapes, for a compiler: arguments may be abstract."""
-        return self._program.lower(self._weights, pool, sampled, batch)
-
-    def __call__(self, pool: Pool, sampled: jax.Array, batch: Packed) -> tuple[jax.Array, Pool]:
+    def __call__(self, pool: Pool, sampled: jax.Array, batch: Packed) -> tuple[Hidden, Pool]:
         """See ``Forward``."""
-        return self._program(self._weights, pool, sampled, batch)
+        return self._programs(self._weights, pool, sampled, batch)
+
+    def lower(self, pool: Pool, sampled: jax.Array, batch: Packed) -> Callable[[], Any]:
+        """See ``Forward``."""
+        return self._programs.lower(self._weights, pool, sampled, batch)
 
     def num_compiles(self) -> int:
         """See ``Forward``."""
-        return count_compiles(self._program)
+        return len(self._programs)
 
 
 class LayeredForward:
@@ -95,7 +160,7 @@ class LayeredForward:
     end."""
 
     def __init__(self, model: Llama, view: PoolView, mesh: Mesh):
-        call, self._outer_weights = over_leaves(without_layers(model))
+        call, self._outer_weights = over_leaves(_without_layers(model))
         layers = [over_leaves(block) for block in model.layers]
         call_block = layers[0][0]  # all layers have one structure
         self._layer_weights = [weights for _, weights in layers]
@@ -105,8 +170,9 @@ class LayeredForward:
 
         def begin(
             weights: Weights, sampled: jax.Array, batch: Packed
-        ) -> tuple[jax.Array, StepContext]:
-            return call(weights).begin(_receive(batch, sampled), view)
+        ) -> tuple[jax.Array, StepContext, jax.Array]:
+            received = _receive(batch, sampled)
+            return *call(weights).begin(received, view), received.ending_row
 
         def block(
             weights: Weights,
@@ -117,13 +183,14 @@ class LayeredForward:
         ) -> tuple[jax.Array, jax.Array]:
             return call_block(weights)(x, pool, context, layer)
 
-        def end(weights: Weights, x: jax.Array) -> jax.Array:
-            return call(weights).final_norm(x)
+        def end(weights: Weights, x: jax.Array, ending_row: jax.Array) -> Hidden:
+            hidden = call(weights).final_norm(x)
+            return Hidden(hidden, hidden[ending_row])
 
         outer_specs = specs_of(self._outer_weights, mesh)
         block_specs = specs_of(self._layer_weights[0], mesh)
         self._begin = jax.jit(on_each_device(begin, mesh, (outer_specs, SAME, SAME), SAME))
-        self._end = jax.jit(on_each_device(end, mesh, (outer_specs, SAME), SAME))
+        self._end = jax.jit(on_each_device(end, mesh, (outer_specs, SAME, SAME), SAME))
         self._block = jax.jit(
             on_each_device(
                 block, mesh, (block_specs, POOL_SPEC, SAME, SAME, SAME), (SAME, POOL_SPEC)
@@ -131,16 +198,20 @@ class LayeredForward:
             donate_argnums=(1, 2),
         )
 
-    def __call__(self, pool: Pool, sampled: jax.Array, batch: Packed) -> tuple[jax.Array, Pool]:
+    def __call__(self, pool: Pool, sampled: jax.Array, batch: Packed) -> tuple[Hidden, Pool]:
         """See ``Forward``."""
-        x, context = self._begin(self._outer_weights, sampled, batch)
+        x, context, ending_row = self._begin(self._outer_weights, sampled, batch)
         new_pool = []
         for weights, layer_pool, layer in zip(
             self._layer_weights, pool, self._layer_indices, strict=True
         ):
             x, layer_pool = self._block(weights, layer_pool, x, context, layer)
             new_pool.append(layer_pool)
-        return self._end(self._outer_weights, x), tuple(new_pool)
+        return self._end(self._outer_weights, x, ending_row), tuple(new_pool)
+
+    def lower(self, pool: Pool, sampled: jax.Array, batch: Packed) -> Callable[[], Any]:
+        """See ``Forward``: there is nothing to do, a first call takes about a second."""
+        return lambda: None
 
     def num_compiles(self) -> int:
         """See ``Forward``."""
@@ -169,7 +240,7 @@ def count_compiles(*programs: Any) -> int:
     return sum(program._cache_size() for program in programs)
 
 
-def without_layers(model: Llama) -> Llama:
+def _without_layers(model: Llama) -> Llama:
     """The same arrays, less the layers."""
     outer = nnx.merge(*nnx.split(model))
     outer.layers = nnx.List([])

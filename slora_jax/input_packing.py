@@ -21,7 +21,7 @@ from slora_jax.batch import ForwardBatch, StepLora
 from slora_jax.request import Request
 from slora_jax.sampling import Penalties, Randomness, SamplingBatch, Truncation
 from slora_jax.sampling_params import split_seed
-from slora_jax.scheduler import Chunk, SchedulerOutput
+from slora_jax.scheduler import SchedulerOutput
 
 MIN_HISTORY = 64
 """Smallest padded length of the token histories that penalties read."""
@@ -39,6 +39,12 @@ class StepShape:
     """Prefill tiles."""
     rank: int
     """Sum over the step's adapters of their largest rank; 0 compiles no LoRA at all."""
+
+
+def groups_of(ranks: Sequence[int] | np.ndarray) -> frozenset[tuple[str, ...]]:
+    """The groups of targets of which an adapter of these ranks has any."""
+    has = {target for target, rank in zip(TARGETS, ranks, strict=True) if rank}
+    return frozenset(group for group in GROUPS if has.intersection(group))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,12 +71,6 @@ class ResidentAdapter:
             tuple(np.array([ranks, *rows], np.int32) for ranks, rows in of_stages),
             np.asarray(packed.scaling, np.float32),
         )
-
-    @property
-    def groups(self) -> frozenset[tuple[str, ...]]:
-        """The groups of targets of which it has any."""
-        has = {target for target, rank in zip(TARGETS, self.ranks, strict=True) if rank}
-        return frozenset(group for group in GROUPS if has.intersection(group))
 
     @property
     def largest_rank(self) -> int:
@@ -109,8 +109,10 @@ def pack_step(
     tile: int,
     page_size: int,
     table_width: int,
+    max_num_seqs: int,
+    num_layers: int,
     partition: AdapterPartition,
-    groups: tuple[tuple[str, ...], ...] = GROUPS,
+    groups: tuple[tuple[str, ...], ...],
 ) -> ForwardBatch:
     """Fill a step's arrays; everything beyond the real tokens points at the null page.
 
@@ -124,6 +126,7 @@ def pack_step(
     positions = np.full(num_tokens, -1, np.int32)
     adapter_index = np.zeros(num_tokens, np.int32)
     sampled_row = np.full(shape.decode, -1, np.int32)
+    ending_row = np.zeros(max_num_seqs, np.int32)
     page_table = np.zeros((shape.decode + shape.tiles, table_width), np.int32)
     index_of_version = {0: 0}
     rows = first_rows(output, shape, tile)
@@ -148,6 +151,10 @@ def pack_step(
             tile_index = shape.decode + (row - shape.decode) // tile
             table_rows = slice(tile_index, tile_index + -(-chunk.num_tokens // tile))
         page_table[table_rows, : len(pages)] = pages
+    ending = [chunk for chunk in (*output.decode, *output.prefill) if chunk.is_last]
+    ending_row[: len(ending)] = [
+        rows[chunk.request.request_id] + chunk.num_tokens - 1 for chunk in ending
+    ]
     attention = AttentionBatch(
         slots=slots,
         positions=positions,
@@ -157,12 +164,24 @@ def pack_step(
     )
     versions = [version for version in index_of_version if version]
     lora = (
-        _pack_lora([adapters[v] for v in versions], adapter_index, shape.rank, partition, groups)
+        _pack_lora(
+            [adapters[v] for v in versions],
+            adapter_index,
+            shape.rank,
+            max_num_seqs,
+            num_layers,
+            partition,
+            groups,
+        )
         if shape.rank
         else None
     )
     return ForwardBatch(
-        token_ids=token_ids, sampled_row=sampled_row, attention=attention, lora=lora
+        token_ids=token_ids,
+        sampled_row=sampled_row,
+        ending_row=ending_row,
+        attention=attention,
+        lora=lora,
     )
 
 
@@ -170,16 +189,18 @@ def _pack_lora(
     adapters: Sequence[ResidentAdapter],
     adapter_index: np.ndarray,
     rank_bucket: int,
+    max_num_seqs: int,
+    num_layers: int,
     partition: AdapterPartition,
     groups: tuple[tuple[str, ...], ...],
 ) -> StepLora:
     """The step's adapter tables; row 0 is the base, of rank 0."""
     num_rows, num_pages = lora_bucket_sizes(rank_bucket, partition)
-    num_layers, num_targets = adapters[0].scaling.shape
+    num_rows = min(num_rows, max_num_seqs + 1)
     num_stages = len(partition.stages)
-    tables = np.zeros((num_stages, 3, num_rows, num_targets), np.int32)
+    tables = np.zeros((num_stages, 3, num_rows, len(TARGETS)), np.int32)
     # Of several stages the last one scales.
-    scaling = np.ones((num_stages, num_layers, num_rows, num_targets), np.float32)
+    scaling = np.ones((num_stages, num_layers, num_rows, len(TARGETS)), np.float32)
     scaling[-1] = 0
     pages = np.zeros(num_pages, np.int32)
     page_start = np.zeros(num_rows, np.int32)
@@ -205,14 +226,6 @@ def _pack_lora(
         for stage in range(num_stages)
     )
     return StepLora(stages=stages, groups=groups)
-
-
-def last_rows(chunks: Sequence[Chunk], rows: Mapping[str, int], size: int) -> np.ndarray:
-    """i32[size]: the flat row of each chunk's last token, padded with row 0."""
-    result = np.zeros(size, np.int32)
-    for k, chunk in enumerate(chunks):
-        result[k] = rows[chunk.request.request_id] + chunk.num_tokens - 1
-    return result
 
 
 def pack_sampling(

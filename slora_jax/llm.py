@@ -133,13 +133,15 @@ class LLM:
             raise ConfigError(str(error)) from error
         kernels = _choose_kernels(config, self._device, self._dtype, own.num_heads, kv, adapters)
         view = PoolView(kv=kv, adapters=adapters, kernels=kernels)
-        tile, prefill_tokens = config.prefill_sizes(dispatch.PREFILL_TILE[kernels])
+        suited_seqs, suited_tokens = (256, 512) if kernels in dispatch.PLATFORMS else (64, 256)
+        max_num_seqs = config.max_num_seqs or suited_seqs
+        tile, prefill_tokens = config.prefill_sizes(dispatch.PREFILL_TILE[kernels], suited_tokens)
         page_bytes = model.num_layers * kv.rows_per_page * 128 * jnp.dtype(self._dtype).itemsize
         num_pages = _num_pages(config, self._mesh, page_bytes)
         max_model_len = _max_model_len(
             config, model.max_position_embeddings, (num_pages - 1) * kv.page_size
         )
-        table_rows = config.max_num_seqs + prefill_tokens // tile
+        table_rows = max_num_seqs + prefill_tokens // tile
         try:
             dispatch.check_step(
                 kernels, tile=tile, table_entries=table_rows * -(-max_model_len // kv.page_size)
@@ -153,7 +155,7 @@ class LLM:
                 num_pages=num_pages,
                 dtype=self._dtype,
                 mesh=self._mesh,
-                max_num_seqs=config.max_num_seqs,
+                max_num_seqs=max_num_seqs,
                 prefill_tile=tile,
                 max_prefill_tokens=prefill_tokens,
                 max_model_len=max_model_len,
@@ -403,6 +405,14 @@ class LLM:
             )
             for name, adapter in zip(names, packed, strict=True):
                 self._engine.register_adapter(name, adapter, None)
+
+    def warm_up(self) -> None:
+        """Compile, in parallel, every size of step that greedy requests of the adapters loaded so
+        far can need, so that no request waits for it. Without it each is compiled when first
+        needed. Plain XLA has many more sizes than Pallas kernels: there the most usual ones.
+        """
+        with self._lock:
+            self._engine.warm_up()
 
     def unload_adapter(self, name: str) -> None:
         """Forget ``name``: new requests are refused at once, running ones finish on it.

@@ -14,10 +14,11 @@ are read: they stay on the device, and that step takes them from there.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,12 +28,21 @@ import numpy as np
 from pallas_kernels.dispatch import PLATFORMS
 from pallas_kernels.layout import GROUPS
 from slora_jax.adapter_cache import SwapIn
-from slora_jax.forward_programs import SAME, Weights, count_compiles, make_forward, over_leaves
+from slora_jax.batch import ForwardBatch
+from slora_jax.forward_programs import (
+    SAME,
+    Programs,
+    Weights,
+    compiler_options,
+    count_compiles,
+    make_forward,
+    over_leaves,
+)
 from slora_jax.input_packing import (
     ResidentAdapter,
     StepShape,
     first_rows,
-    last_rows,
+    groups_of,
     needed_shape,
     pack_sampling,
     pack_step,
@@ -40,7 +50,13 @@ from slora_jax.input_packing import (
 from slora_jax.models.llama import Llama, PoolView
 from slora_jax.page_pool import Pool, allocate_pool, swap_in
 from slora_jax.request import Request
-from slora_jax.sampling import TokenLogprobs, sample, token_logprobs, with_sampled
+from slora_jax.sampling import (
+    SamplingBatch,
+    TokenLogprobs,
+    sample,
+    token_logprobs,
+    with_sampled,
+)
 from slora_jax.scheduler import Chunk, SchedulerOutput
 from slora_jax.sharding import named_sharding, on_each_device, replicate, specs_of
 from slora_jax.transfer import Packed, pack, unpack
@@ -148,13 +164,20 @@ def _power(base: int, number: int, first: int = 1) -> int:
     return size if number else 0
 
 
-def step_buckets(kernels: str, max_num_seqs: int, max_tiles: int) -> Buckets:
+def _few(number: int) -> int:
+    """``number`` rounded up to one of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, …"""
+    power = _power(2, number)
+    return power * 3 // 4 if power > 2 and number <= power * 3 // 4 else power
+
+
+def step_buckets(kernels: str, max_num_seqs: int, max_tiles: int, tile: int) -> Buckets:
     """Of (decode rows, prefill tiles, rank): what a row too many costs decides how fine they are.
 
     Plain XLA pays for each row, and CPUs compile fast. Pallas kernels follow the tokens that there
     are and dense matmuls read their weights whatever the rows, so there rows of decode and ranks
-    are coarse, and only tiles, 128 tokens each, are counted well.
+    are coarse, and only rows of prefill, 128 at a time, are counted well.
     """
+    unit = max(128 // tile, 1)
 
     def fine(need: tuple[int, ...]) -> tuple[int, ...]:
         decode, tiles, rank = need
@@ -167,16 +190,27 @@ def step_buckets(kernels: str, max_num_seqs: int, max_tiles: int) -> Buckets:
     def coarse(need: tuple[int, ...]) -> tuple[int, ...]:
         decode, tiles, rank = need
         rows = max_num_seqs if tiles else min(_power(4, decode, first=16), max_num_seqs)
-        return rows, min(_power(2, tiles), max_tiles), _power(8, rank, first=1024)
+        return rows, min(unit * _few(-(-tiles // unit)), max_tiles), _power(8, rank, first=1024)
 
     if kernels in PLATFORMS:
         return Buckets(coarse, slack=(4, 1, math.inf))
     return Buckets(fine, slack=(4, 4, 4))
 
 
-def row_buckets(most: int) -> Buckets:
-    """Of rows whose logits are computed."""
-    return Buckets(lambda need: (min(_power(2, need[0]), most),), slack=(4,))
+def steps_to_come(max_num_seqs: int, max_tiles: int, rank: int) -> Iterator[tuple[int, int, int]]:
+    """Needs whose buckets serve any step of at most these sizes where kernels serve, and otherwise
+    decode, and prefill beside the most decodes."""
+    for ranks in {0, rank}:
+        for power in range(max_num_seqs.bit_length() + 1):
+            yield min(2**power, max_num_seqs), 0, ranks
+        for tiles in range(1, max_tiles + 1):
+            yield max_num_seqs, tiles, ranks
+
+
+def row_buckets(kernels: str, most: int) -> Buckets:
+    """Of rows whose logits are computed: as coarse as rows of decode."""
+    base, first = (4, 16) if kernels in PLATFORMS else (2, 1)
+    return Buckets(lambda need: (min(_power(base, need[0], first=first), most),), slack=(4,))
 
 
 class ModelRunner:
@@ -196,11 +230,13 @@ class ModelRunner:
         max_model_len: int,
     ):
         self.view = view
+        self.max_num_seqs = max_num_seqs
         self.prefill_tile = prefill_tile
         self.max_prefill_tokens = max_prefill_tokens
+        self._mesh = mesh
         self._forward = make_forward(model, view, mesh)
         head_of, self._weights = over_leaves(model)
-        vocab_size = model.config.vocab_size
+        vocab_size, self._hidden_size = model.config.vocab_size, model.config.hidden_size
         self.pool: Pool = allocate_pool(
             model.config.num_layers,
             (num_pages, mesh.size * view.kv.rows_per_page, 128),
@@ -214,9 +250,10 @@ class ModelRunner:
         is_cut = len(view.adapters.stages) > 1
         self._groups: tuple[tuple[str, ...], ...] = () if is_cut else GROUPS
         max_tiles = max_prefill_tokens // prefill_tile
-        self._steps = step_buckets(view.kernels, max_num_seqs, max_tiles)
-        self._samples = row_buckets(max_num_seqs)
-        self._scores = row_buckets(max_num_seqs + max_prefill_tokens)
+        self._max_tiles = max_tiles
+        self._steps = step_buckets(view.kernels, max_num_seqs, max_tiles, prefill_tile)
+        self._samples = row_buckets(view.kernels, max_num_seqs)
+        self._scores = row_buckets(view.kernels, max_num_seqs + max_prefill_tokens)
         self._sampled = replicate(mesh, np.zeros(max_num_seqs, np.int32))
         self.num_tokens = 0
         """Tokens computed since the start."""
@@ -225,11 +262,15 @@ class ModelRunner:
         self._sampled_rows: dict[str, int] = {}  # request id → row of `_sampled`
 
         def sample_rows(
-            weights: Weights, hidden: jax.Array, sampled: jax.Array, packed: Packed, num_top: int
+            weights: Weights,
+            ending: jax.Array,
+            sampled: jax.Array,
+            packed: Packed,
+            size: int,
+            num_top: int,
         ) -> tuple[jax.Array, TokenLogprobs | None]:
-            rows, how = unpack(packed)
-            logits = head_of(weights).logits(hidden[rows])
-            how = with_sampled(how, sampled)
+            logits = head_of(weights).logits(ending[:size])
+            how = with_sampled(unpack(packed), sampled)
             is_even = vocab_size % model.shards.count == 0
             if num_top < 0 and how.truncation is None and is_even:
                 tokens, scores = sample(logits, how, model.shards), None
@@ -246,29 +287,74 @@ class ModelRunner:
             logits = model.shards.gather(head_of(weights).logits(hidden[rows]))
             return token_logprobs(logits[:, :vocab_size], tokens, num_top)
 
-        def jitted(function: Callable[..., Any], *others: Any) -> Any:
+        def cut(function: Callable[..., Any], *others: Any) -> Callable[..., Any]:
+            """``function`` on each device; its keyword arguments are static."""
             specs = (specs_of(self._weights, mesh), *others)
 
-            def program(*args: Any, num_top: int) -> Any:
-                own = functools.partial(function, num_top=num_top)
-                return on_each_device(own, mesh, specs, SAME)(*args)
+            def program(*args: Any, **static: Any) -> Any:
+                return on_each_device(functools.partial(function, **static), mesh, specs, SAME)(
+                    *args
+                )
 
-            return jax.jit(program, static_argnames="num_top")
+            return program
 
-        self._sample = jitted(sample_rows, SAME, SAME, SAME)
-        self._score = jitted(score_rows, SAME, SAME)
+        options = compiler_options(mesh.devices.flat[0].platform)
+        self._sample = Programs(
+            cut(sample_rows, SAME, SAME, SAME),
+            static_argnames=("size", "num_top"),
+            compiler_options=options,
+        )
+        self._score = jax.jit(
+            cut(score_rows, SAME, SAME), static_argnames="num_top", compiler_options=options
+        )
 
     @property
     def num_compiles(self) -> int:
         """Programs compiled so far."""
-        return self._forward.num_compiles() + count_compiles(self._sample, self._score)
+        return self._forward.num_compiles() + len(self._sample) + count_compiles(self._score)
+
+    def _expect_groups(self, ranks: Sequence[int] | np.ndarray) -> None:
+        """Steps to come may have an adapter of ``ranks``."""
+        new = groups_of(ranks)
+        self._groups = tuple(g for g in GROUPS if g in self._groups or g in new)
+
+    def warm_up(self, ranks: Sequence[Sequence[int]]) -> None:
+        """Compile, in parallel, for any step of greedy requests of adapters of these ``ranks``, one
+        for each target.
+        """
+        largest = sorted((max(of_adapter) for of_adapter in ranks), reverse=True)
+        rank = sum(largest[: self.max_num_seqs])
+        for of_adapter in ranks:
+            self._expect_groups(of_adapter)
+        ending = jax.ShapeDtypeStruct(
+            (self.max_num_seqs, self._hidden_size),
+            self.pool[0].dtype,
+            sharding=named_sharding(self._mesh, ()),
+        )
+        how = pack(SamplingBatch())
+        needs = list(steps_to_come(self.max_num_seqs, self._max_tiles, rank))
+        shapes = {self._steps.choose(need) for need in needs}
+        sizes = {self._samples.choose((decode,))[0] for decode, _, _ in needs}
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            pending = []
+            for shape in sorted(shapes, reverse=True):
+                batch = pack(self._pack(SchedulerOutput(), StepShape(*shape)))
+                lowered = self._forward.lower(self.pool, self._sampled, batch)
+                pending.append(threads.submit(lowered))
+            for size in sizes:
+                lowered = self._sample.lower(
+                    self._weights, ending, self._sampled, how, size=size, num_top=-1
+                )
+                pending.append(threads.submit(lowered))
+            for future in pending:
+                future.result()
 
     def swap_in(self, swap: SwapIn) -> None:
         """Copy an adapter's pages from CPU memory into the pool; later steps see it."""
         self.pool = swap_in(self.pool, swap.pages, swap.packed.pages)
         resident = ResidentAdapter.place(swap.packed, tuple(swap.pages), self.view.adapters)
         self._adapters[swap.version] = resident
-        self._groups = tuple(g for g in GROUPS if g in self._groups or g in resident.groups)
+        self._expect_groups(resident.ranks)
 
     def forget(self, version: int) -> None:
         """The adapter has left the pool."""
@@ -281,7 +367,26 @@ class ModelRunner:
         """
         need = needed_shape(output, self._adapters, self.prefill_tile)
         shape = StepShape(*self._steps.choose(dataclasses.astuple(need)))
-        batch = pack_step(
+        batch = pack(self._pack(output, shape))
+        hidden, self.pool = self._forward(self.pool, self._sampled, batch)
+        rows = first_rows(output, shape, self.prefill_tile)
+        chunks = (*output.decode, *output.prefill)
+        self.num_tokens += sum(chunk.num_tokens for chunk in chunks)
+        self.num_token_rows += shape.decode + shape.tiles * self.prefill_tile
+        prompt_scores = self._score_prompts(hidden.all, chunks, rows)
+        ending = [chunk.request for chunk in chunks if chunk.is_last]
+        scores = self._sample_next(hidden.ending, ending, seeds)
+        launched = LaunchedStep(
+            self._sampled,
+            tuple(ending),
+            scores,
+            prompt_scores,
+        )
+        launched.start_reading()
+        return launched
+
+    def _pack(self, output: SchedulerOutput, shape: StepShape) -> ForwardBatch:
+        return pack_step(
             output,
             self._adapters,
             shape,
@@ -289,35 +394,16 @@ class ModelRunner:
             tile=self.prefill_tile,
             page_size=self.view.kv.page_size,
             table_width=self._table_width,
+            max_num_seqs=self.max_num_seqs,
+            num_layers=len(self.pool),
             partition=self.view.adapters,
             groups=self._groups,
         )
-        hidden, self.pool = self._forward(self.pool, self._sampled, pack(batch))
-        rows = first_rows(output, shape, self.prefill_tile)
-        chunks = (*output.decode, *output.prefill)
-        self.num_tokens += sum(chunk.num_tokens for chunk in chunks)
-        self.num_token_rows += shape.decode + shape.tiles * self.prefill_tile
-        prompt_scores = self._score_prompts(hidden, chunks, rows)
-        ending = [chunk for chunk in chunks if chunk.is_last]
-        scores = self._sample_chunks(hidden, ending, rows, seeds)
-        launched = LaunchedStep(
-            self._sampled,
-            tuple(chunk.request for chunk in ending),
-            scores,
-            prompt_scores,
-        )
-        launched.start_reading()
-        return launched
 
-    def _sample_chunks(
-        self,
-        hidden: jax.Array,
-        chunks: Sequence[Chunk],
-        rows: dict[str, int],
-        seeds: Sequence[int],
+    def _sample_next(
+        self, ending: jax.Array, requests: Sequence[Request], seeds: Sequence[int]
     ) -> TokenLogprobs | None:
-        """Leaves the tokens in ``_sampled``, in the order of the chunks."""
-        requests = [chunk.request for chunk in chunks]
+        """Leaves a token for each request in ``_sampled``; ``ending`` has their hidden states."""
         if not requests:
             self._sampled_rows = {}
             return None
@@ -326,9 +412,10 @@ class ModelRunner:
         asked = max(_num_top(request.sampling_params.logprobs) for request in requests)
         self._sampled, scores = self._sample(
             self._weights,
-            hidden,
+            ending,
             self._sampled,
-            pack((last_rows(chunks, rows, size), how)),
+            pack(how),
+            size=size,
             num_top=_bucket_top(asked),
         )
         self._sampled_rows = {r.request_id: row for row, r in enumerate(requests)}

@@ -128,7 +128,7 @@ def recorded_logits(llm: LLM) -> Iterator[Logits]:
 
     def recording_forward(pool, sampled, packed):
         hidden, pool = forward(pool, sampled, packed)
-        steps.append((unpack(packed), hidden))
+        steps.append((unpack(packed), hidden.all))
         return hidden, pool
 
     recording_forward.num_compiles = forward.num_compiles

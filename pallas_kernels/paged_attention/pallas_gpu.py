@@ -10,9 +10,11 @@ own length decides, each an item of work with a softmax of its own; the persiste
 out evenly by blocks, whoever they belong to, and a second kernel merges the splits of long rows.
 So ragged lengths balance, and a row's bits depend on nothing but the row.
 
-Prefill. One program per tile of 128 tokens and query head, as in FlashAttention-3 (Shah et al.,
-arXiv 2407.08608): a warpgroup loads 128 keys at a time page by page, two compute for 64 tokens
-each and take turns on the tensor cores. Blocks past the tile's last token are not read.
+Prefill. One program per query head and up to 128 tokens of a sequence, as in FlashAttention-3
+(Shah et al., arXiv 2407.08608): a warpgroup loads 128 keys at a time page by page, two compute for
+64 tokens each and take turns on the tensor cores. Blocks past the last token are not read. The
+batch's tiles are units of 16 tokens, so that a short chunk pads the step's matmuls by 15 at most;
+those of one chunk are joined here.
 
 Only the last block of a sequence holds rows that were never written. They may be NaN, which a
 weight of zero does not stop, so V is zeroed there in shared memory.
@@ -38,7 +40,11 @@ from pallas_kernels.paged_attention.batch import AttentionBatch
 plgpu: Any = mosaic_gpu
 
 TILE = 128
-"""Tokens a program of prefill: two warpgroups of 64."""
+"""Most tokens a program of prefill: two warpgroups of 64."""
+
+UNIT = 16
+"""Tokens that the batch's tiles are multiples of; a program takes as many in a row as belong
+together."""
 
 CTAS = 132
 """Programs of the decode grid: one on each multiprocessor of an H100 or H200."""
@@ -118,8 +124,8 @@ class Work:
     """i32[CTAS * STREAMS, 3]: the row and split where each begins, and its number of splits."""
 
     tiles: jax.Array
-    """i32[.., 3]: the number of each tile (or TILE tokens of it, where it is longer), its first
-    position, the keys it sees; most keys first."""
+    """i32[.., 4]: up to TILE tokens each: the number of the first unit, the position of its first
+    token, the keys they see, the number of units (0: nothing to do); most keys first."""
 
     num_pages: int = dataclasses.field(metadata={"static": True})
     """NP: pages a row of the page table."""
@@ -133,8 +139,8 @@ class Work:
 
 def check_step(*, tile: int, **_: Any) -> None:
     """See ``dispatch.check_step``."""
-    if tile % TILE:
-        raise NotImplementedError(f"prefill tiles of {tile} tokens: give a multiple of {TILE}")
+    if tile % UNIT:
+        raise NotImplementedError(f"prefill tiles of {tile} tokens: give a multiple of {UNIT}")
 
 
 def prepare(batch: AttentionBatch, layout: KVLayout, num_heads: int) -> Work:
@@ -148,21 +154,40 @@ def prepare(batch: AttentionBatch, layout: KVLayout, num_heads: int) -> Work:
     rows, streams = _decode_work(
         jnp.asarray(batch.positions[:num_decode]) + 1, split, max_keys, layout.num_kv_heads
     )
-    positions = jnp.asarray(batch.positions[num_decode:]).reshape(-1, TILE)
-    keys = jnp.max(positions, axis=1, initial=-1) + 1
-    number = jnp.arange(len(keys), dtype=jnp.int32)
-    tiles = jnp.stack([number, positions[:, 0], keys], axis=1)
     return Work(
         slots=jnp.asarray(batch.slots),
         pages=jnp.asarray(batch.page_table).reshape(-1),
         rows=rows,
         streams=streams,
-        # The longest first, so that the short ones fill the last wave.
-        tiles=tiles[jnp.argsort(-keys)],
+        tiles=_prefill_work(batch),
         num_pages=num_pages,
         tile=tile,
         max_splits=_max_splits(split, max_keys),
     )
+
+
+def _prefill_work(batch: AttentionBatch) -> jax.Array:
+    """``tiles`` of ``Work``: units that follow each other in one sequence, up to TILE tokens."""
+    positions = jnp.asarray(batch.positions[batch.num_decode :]).reshape(-1, UNIT)
+    count = len(positions)
+    if not count:
+        return jnp.zeros((0, 4), jnp.int32)
+    number = jnp.arange(count, dtype=jnp.int32)
+    start, keys = positions[:, 0], jnp.max(positions, axis=1) + 1
+    # No two sequences have a page in common, so the first one tells them apart.
+    sequence = jnp.asarray(batch.page_table)[batch.num_decode + number * UNIT // batch.tile, 0]
+    before = number - 1
+    follows = (start == start[before] + UNIT) & (keys[before] == start)
+    follows = (follows & (sequence == sequence[before])) | ((keys == 0) & (keys[before] == 0))
+    run = lax.cummax(jnp.where(follows & (number > 0), 0, number))
+    leads = (number - run) % (TILE // UNIT) == 0
+    tile = jnp.cumsum(leads, dtype=jnp.int32) - 1
+    zeros = jnp.zeros(count, jnp.int32)
+    first = zeros.at[jnp.where(leads, tile, count)].set(number, mode="drop")
+    keys, units = zeros.at[tile].max(keys), zeros.at[tile].add(1)
+    tiles = jnp.stack([first, start[first], keys, units], axis=1)
+    # The longest first, so that the short ones fill the last wave.
+    return tiles[jnp.argsort(-keys)]
 
 
 def _split_tokens(layout: KVLayout) -> int:
@@ -516,13 +541,13 @@ def _prefill(
         thread = lax.axis_index("thread")
         q_smem, k_smem, v_smem = scratch["smem"]
         q_full, k_full, v_full, k_empty, v_empty, turn, cleared = scratch["barriers"]
-        number, start, keys = (tiles_ref[tile, i] for i in range(3))
+        number, start, keys, units = (tiles_ref[tile, i] for i in range(4))
         blocks = lax.div(keys + (KEYS - 1), KEYS)
 
-        @pl.when(thread == 2)
+        @pl.when(jnp.logical_and(thread == 2, units > 0))
         def _load():
             plgpu.set_max_registers(40, action="decrease")
-            row = num_decode + lax.div(number * TILE, work.tile)
+            row = num_decode + lax.div(number * UNIT, work.tile)
             kv_head = lax.div(head, group)
 
             def load_block(block, _):
@@ -555,13 +580,27 @@ def _prefill(
             _drain(k_empty, 0, blocks, KEY_STAGES)
             _drain(v_empty, 0, blocks, KEY_STAGES)
 
-        @pl.when(thread < 2)
+        @pl.when(jnp.logical_and(thread < 2, units > 0))
         def _compute():
             plgpu.set_max_registers(232, action="increase")
-            first = num_decode + number * TILE + thread * half
+            first = num_decode + number * UNIT + thread * half
             position = start + thread * half
+            own_units = units - thread * (half // UNIT)
             q_tile = q_smem.at[thread]
-            plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(first, half), head], q_tile, q_full.at[thread])
+
+            def for_each_unit(visit, otherwise=lambda: None):
+                """``visit(rows in memory, rows of q_tile)`` for the units that there are."""
+                for unit in range(half // UNIT):
+                    rows = pl.ds(first + unit * UNIT, UNIT), pl.ds(unit * UNIT, UNIT)
+                    pl.when(unit < own_units)(functools.partial(visit, *rows))
+                    pl.when(unit >= own_units)(otherwise)
+
+            for_each_unit(
+                lambda there, here: plgpu.copy_gmem_to_smem(
+                    q_ref.at[there, head], q_tile.at[here], q_full.at[thread]
+                ),
+                lambda: plgpu.barrier_arrive(q_full.at[thread]),
+            )
             iota = functools.partial(
                 plgpu.broadcasted_iota, jnp.int32, (half, KEYS), layout=plgpu.Layout.WGMMA
             )
@@ -616,7 +655,11 @@ def _prefill(
             token = plgpu.broadcasted_iota(jnp.int32, out.shape, 0, layout=plgpu.Layout.WGMMA)
             q_tile[...] = jnp.where(token + position < keys, out, jnp.zeros_like(out))
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_tile, out_ref.at[pl.ds(first, half), head])
+            for_each_unit(
+                lambda there, here: plgpu.copy_smem_to_gmem(
+                    q_tile.at[here], out_ref.at[there, head]
+                )
+            )
             plgpu.wait_smem_to_gmem(0)
 
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -627,7 +670,7 @@ def _prefill(
             plgpu.SMEM((KEY_STAGES, KEYS, dim), q.dtype, transforms=swizzled),
         ),
         "barriers": (
-            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_arrivals=half // UNIT, num_barriers=2),
             plgpu.Barrier(num_arrivals=boxes, num_barriers=KEY_STAGES),
             plgpu.Barrier(num_arrivals=boxes, num_barriers=KEY_STAGES),
             plgpu.Barrier(num_arrivals=2, num_barriers=KEY_STAGES),

@@ -25,7 +25,8 @@ class LoraBatch:
     """The adapters of one step: a table of N rows, row 0 the base model, unused rows of rank 0.
 
     Shapes and ``rank_bucket`` are what a compiled step depends on; ``lora_bucket_sizes`` derives N
-    and F from ``rank_bucket``, so that it is the only bucket of this batch besides T.
+    and F from ``rank_bucket``, so that it is the only bucket of this batch besides T. Where a step
+    has fewer requests than that, N may be one more than they are.
     """
 
     adapter_index: Array

@@ -73,6 +73,15 @@ CASES = {
         "heads": (3, 3),
         "page_size": 64,
     },
+    "short and long chunks": {
+        "decode": [9],
+        "prefill": [(0, 8), (40, 150), (0, 16), (16, 17), (0, 2)],
+        "tile": 16,
+        "pad_tiles": 9,
+        "heads": (2, 1),
+        "head_dim": 128,
+        "page_size": 32,
+    },
     "mixed": {
         "decode": [30, 2],
         "prefill": [(0, 5), (150, 9)],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from pallas_kernels.layout import GROUPS, KVLayout, choose_page_size
 from pallas_kernels.paged_attention.api import AttentionBatch
 from pallas_kernels.paged_lora.api import LoraBatch, lora_bucket_sizes
 from slora_jax.batch import ForwardBatch, StepLora
-from slora_jax.forward_programs import WholeForward
+from slora_jax.forward_programs import WholeForward, compiler_options
 from slora_jax.loading import abstract_model, adapter_partition
 from slora_jax.models.llama import LlamaConfig, PoolView
 from slora_jax.sharding import named_sharding
@@ -44,8 +44,11 @@ def lower_decode(
     groups=GROUPS,
     num_pages: int = 64,
     max_model_len: int = 1024,
-) -> jax.stages.Lowered:
-    """A step of ``rows`` decode rows and ``tiles`` of prefill; ``rank_bucket`` 0 is the base's."""
+) -> Callable[[], jax.stages.Compiled]:
+    """A step of ``rows`` decode rows and ``tiles`` of prefill; ``rank_bucket`` 0 is the base's.
+
+    Returns what compiles it.
+    """
     dtype = jnp.dtype(dtype)
     own = config.share(mesh.size)
     page_size = choose_page_size(own.num_kv_heads, own.head_dim, dtype.itemsize)
@@ -55,6 +58,7 @@ def lower_decode(
     batch = ForwardBatch(
         token_ids=np.zeros(tokens, np.int32),
         sampled_row=np.zeros(rows, np.int32),
+        ending_row=np.zeros(rows, np.int32),
         attention=AttentionBatch(
             slots=np.zeros(tokens, np.int32),
             positions=np.zeros(tokens, np.int32),
@@ -68,6 +72,7 @@ def lower_decode(
         abstract_model(config, dtype, mesh),
         PoolView(kv=kv, adapters=partition, kernels=kernels),
         mesh,
+        compiler_options(mesh.devices.flat[0].platform),
     )
 
     def abstract(shape, dtype, *axes):

@@ -17,9 +17,7 @@ SAMPLED = [
     SamplingParams(temperature=0.8, seed=2, frequency_penalty=0.5, max_tokens=6, ignore_eos=True),
     SamplingParams(temperature=1.2, seed=3, top_k=30, top_p=0.9, max_tokens=6, ignore_eos=True),
     SamplingParams(temperature=0, logprobs=3, max_tokens=6, ignore_eos=True),
-    SamplingParams(temperature=0, logit_bias=None, min_tokens=4, max_tokens=6)
-    if False
-    else SamplingParams(temperature=0, min_tokens=4, max_tokens=6),
+    SamplingParams(temperature=0, min_tokens=4, max_tokens=6),
 ]
 
 
