@@ -7,12 +7,12 @@ refuses to know files, prompts as messages, and progress bars (``llm``), and wha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import random
-import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from slora_jax.adapter_cache import AdapterCache
 from slora_jax.adapter_store import BASE_VERSION, AdapterInfo, AdapterStore, PackedAdapter
@@ -23,7 +23,9 @@ from slora_jax.errors import (
     CapacityError,
     EngineClosedError,
     InvalidRequestError,
+    SloraError,
 )
+from slora_jax.hosts import Alone, Follower, Journal
 from slora_jax.model_runner import LaunchedStep, ModelRunner, ScoredToken, StepResult
 from slora_jax.models.llama import PoolView
 from slora_jax.outputs import (
@@ -99,9 +101,13 @@ class Engine:
         max_model_len: int,
         vocab_size: int,
         eos_token_ids: tuple[int, ...],
-        clock: Callable[[], float] = time.monotonic,
+        journal: Journal | None = None,
+        clock: Callable[[], float] | None = None,
     ):
+        """``journal``: who else makes the same calls; ``clock``: instead of the journal's."""
         self._runner = runner
+        self.journal = journal or Alone()
+        clock = clock or self.journal.clock
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
@@ -170,7 +176,7 @@ class Engine:
 
     def unregister_adapter(self, name: str) -> None:
         """New requests are refused at once; memory is freed when the last one that uses it ends."""
-        self.check_open()
+        self._record("unregister_adapter", name)
         self.store.unregister(name)
 
     def pin_adapter(self, name: str) -> None:
@@ -179,17 +185,17 @@ class Engine:
         Raises:
             CapacityError: pinned adapters would leave too little for requests that were accepted.
         """
-        self.check_open()
+        self._record("pin_adapter", name)
         self.scheduler.pin_adapter(self.store.resolve(name))
 
     def unpin_adapter(self, name: str) -> None:
         """Let the adapter be evicted again when it is idle."""
-        self.check_open()
+        self._record("unpin_adapter", name)
         self.scheduler.unpin_adapter(self.store.resolve(name))
 
     def warm_up(self) -> None:
         """Compile for every size of step that the adapters known so far can need."""
-        self.check_open()
+        self._record("warm_up")
         self._runner.warm_up([info.ranks for info in self.list_adapters()])
 
     # -- requests ---------------------------------------------------------------------------------
@@ -209,7 +215,7 @@ class Engine:
             InvalidRequestError: the prompt is empty, too long, or has ids outside the vocabulary.
             CapacityError: it can never fit in the pool.
         """
-        self.check_open()
+        self._record("add_request", prompt_token_ids, params, adapter_id, prompt)
         prompt_ids = self._check_prompt(prompt_token_ids)
         version = self.adapter_version(adapter_id)
         generation = Generation(
@@ -229,7 +235,7 @@ class Engine:
                 self._running[completion.request.request_id] = generation, completion
                 self.scheduler.add(completion.request)
         except BaseException:  # a Ctrl-C too must leave nothing in the queue
-            self.abort(generation)
+            self._abort(generation)
             raise
         return generation
 
@@ -241,7 +247,11 @@ class Engine:
         """
         if self._is_stepping:
             self._abort_after_step.append(generation)
-            return
+        elif self._closed_because is None and not generation.finished:
+            self._record("abort", generation.request_id)
+            self._abort(generation)
+
+    def _abort(self, generation: Generation) -> None:
         for completion in generation.completions:
             if self._running.pop(completion.request.request_id, None):
                 self.scheduler.abort(completion.request.request_id)
@@ -266,7 +276,7 @@ class Engine:
         tokens on by itself. A request's end is seen one step late, and what that step computed for
         it is dropped.
         """
-        self.check_open()
+        self._record("step")
         self._is_stepping = True
         try:
             output = self.scheduler.schedule()
@@ -430,8 +440,59 @@ class Engine:
         if self._closed_because is None:
             for generation, _ in list(self._running.values()):
                 self.abort(generation)
+            self._record("close")
             self._closed_because = "close() was called"
+        self.journal.close()
         self._runner.close()
+
+    # -- several processes ------------------------------------------------------------------------
+
+    def record(self, name: str, *args: Any) -> None:
+        """Note a call that changes this engine, for the other processes' engines to make too.
+
+        The engine notes its own; what its owner does in one, such as to load an adapter, it notes.
+        """
+        self._record(name, *args)
+
+    def _record(self, name: str, *args: Any) -> None:
+        self.check_open()
+        self.journal.record(name, args, self._state())
+
+    def _state(self) -> tuple[int, ...]:
+        """Numbers that tell two engines apart that have come apart."""
+        return (
+            self._num_steps,
+            self.allocator.num_free,
+            self.scheduler.num_running,
+            self.scheduler.num_waiting,
+            self.cache.swap_ins,
+            self.cache.evictions,
+            len(self.store.names()),
+        )
+
+    def follow(self, others: Mapping[str, Callable[..., object]]) -> None:
+        """Make process 0's calls until it closes its engine. ``others``: calls that are not ours.
+
+        Raises HostLostError where process 0 is gone.
+        """
+        assert isinstance(self.journal, Follower)
+        generations: dict[str, Generation] = {}
+        for call in self.journal.calls(self._state):
+            # What process 0's call was refused, this one's is: nothing has changed in either.
+            with contextlib.suppress(SloraError):
+                if call.name == "add_request":
+                    generation = self.add_request(*call.args[:3], prompt=call.args[3])
+                    generations[generation.request_id] = generation
+                elif call.name == "abort":
+                    self.abort(generations[call.args[0]])
+                elif call.name == "step":
+                    for generation in self.step():
+                        if generation.finished:
+                            generations.pop(generation.request_id, None)
+                elif call.name in others:
+                    others[call.name](*call.args)
+                else:
+                    getattr(self, call.name)(*call.args)
 
     # -- checks -----------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@
     ├── InvalidRequestError     a prompt, an argument or a sampling value is wrong
     ├── CapacityError           it can never fit: the message says what is short and by how much
     ├── RequestFailedError      a request that had been accepted could not be finished
-    └── EngineClosedError       the engine has been closed
+    ├── EngineClosedError       the engine has been closed
+    └── HostLostError           another process that serves the same model is gone
 
 Each is raised before any device work for the request it concerns, and leaves the engine serving;
 each message names what was asked, what exists, and what to change.
@@ -71,3 +72,7 @@ class RequestFailedError(SloraError):
 
 class EngineClosedError(SloraError):
     """The engine was closed: its device memory is gone, make a new ``LLM``."""
+
+
+class HostLostError(SloraError):
+    """A process that serves the same model has died: its devices are gone, and so is the engine."""

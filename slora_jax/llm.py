@@ -18,11 +18,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from pallas_kernels import dispatch
 from pallas_kernels.layout import KVLayout, choose_page_size
-from slora_jax import loading
+from slora_jax import hosts, loading
 from slora_jax.adapter_partition import AdapterPartition
 from slora_jax.adapter_store import AdapterInfo
 from slora_jax.config import EngineConfig
@@ -173,6 +175,7 @@ class LLM:
             max_model_len=max_model_len,
             vocab_size=model.vocab_size,
             eos_token_ids=self._loaded.eos_token_ids,
+            journal=hosts.open_journal(self._mesh),
         )
 
     # -- generating -------------------------------------------------------------------------------
@@ -378,6 +381,7 @@ class LLM:
             reload = loading.adapter_loader(source, about, partition, self._dtype, self._host)
             packed = reload()
         with self._lock:
+            self._engine.record("load_adapter", name, source, config)
             info = self._engine.register_adapter(name, packed, reload)
             if pinned:
                 try:
@@ -395,6 +399,7 @@ class LLM:
         ``ranks``: one a name, multiples of 8; ``targets``: of q, k, v, o, gate, up, down.
         """
         with self._lock:
+            self._engine.record("load_dummy_adapters", names, ranks, targets)
             packed = loading.dummy_adapters(
                 ranks,
                 targets,
@@ -466,6 +471,21 @@ class LLM:
         """Abort what runs and give the device memory back. Closing twice is fine."""
         with self._lock:
             self._engine.close()
+
+    def follow(self) -> None:
+        """Where several processes serve one model: in all but process 0, do what that one does,
+        until it calls ``close``.
+
+        Raises:
+            ConfigError: there is nobody to follow.
+            HostLostError: process 0 is gone.
+        """
+        if not isinstance(self._engine.journal, hosts.Follower):
+            raise ConfigError("there is no process 0 to follow: this one decides for itself")
+        self._engine.follow(
+            {"load_adapter": self.load_adapter, "load_dummy_adapters": self.load_dummy_adapters}
+        )
+        self.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -551,6 +571,8 @@ def _choose_mesh(config: EngineConfig, mesh: jax.sharding.Mesh | None) -> jax.sh
             f"mesh has {mesh.size} devices and only {size} of them along {MODEL_AXIS!r}: give a "
             "mesh of that axis alone"
         )
+    if not mesh.local_devices:
+        raise ConfigError(f"none of mesh={_short(mesh)} are devices of this process")
     if count not in (1, size):
         raise ConfigError(
             f"tensor_parallel={count} and a mesh of {size} devices: give one of the two"
@@ -618,6 +640,9 @@ def _pool_bytes(config: EngineConfig, device: Any) -> int:
 def _num_pages(config: EngineConfig, mesh: jax.sharding.Mesh, page_bytes: int) -> int:
     """Pages of the pool, the null page included; ``page_bytes`` of one device."""
     available = min(_pool_bytes(config, device) for device in mesh.local_devices)
+    if mesh.is_multi_process:
+        pages = np.asarray(min(available // page_bytes, 2**31 - 1), np.int32)
+        available = page_bytes * int(np.min(multihost_utils.process_allgather(pages)))
     if available < 2 * page_bytes:
         where = "" if mesh.size == 1 else f" on each of {mesh.size} devices"
         raise ConfigError(
