@@ -25,6 +25,7 @@ from pallas_kernels.layout import KVLayout, choose_page_size
 from slora_jax import loading
 from slora_jax.adapter_store import AdapterInfo
 from slora_jax.config import EngineConfig
+from slora_jax.device_memory import measure_step_bytes
 from slora_jax.engine import Engine, Generation
 from slora_jax.errors import (
     AdapterLoadError,
@@ -136,7 +137,10 @@ class LLM:
         max_num_seqs = config.max_num_seqs or suited_seqs
         tile, prefill_tokens = config.prefill_sizes(dispatch.PREFILL_TILE[kernels], suited_tokens)
         page_bytes = model.num_layers * kv.rows_per_page * 128 * jnp.dtype(self._dtype).itemsize
-        num_pages = _num_pages(config, self._device, page_bytes)
+        pool_bytes = config.pool_bytes or self._measure_pool_bytes(
+            config, view, max_num_seqs=max_num_seqs, tile=tile, prefill_tokens=prefill_tokens
+        )
+        num_pages = _num_pages(pool_bytes, page_bytes)
         max_model_len = _max_model_len(
             config, model.max_position_embeddings, (num_pages - 1) * kv.page_size
         )
@@ -173,6 +177,41 @@ class LLM:
             vocab_size=model.vocab_size,
             eos_token_ids=self._loaded.eos_token_ids,
         )
+
+    def _measure_pool_bytes(
+        self,
+        config: EngineConfig,
+        view: PoolView,
+        *,
+        max_num_seqs: int,
+        tile: int,
+        prefill_tokens: int,
+    ) -> int:
+        """What ``memory_fraction`` of the device's memory leaves to the pool."""
+        memory = self._device.memory_stats() or {}
+        if "bytes_limit" not in memory:
+            return DEFAULT_POOL_BYTES
+        model = self._loaded.model
+        step = measure_step_bytes(
+            model,
+            view,
+            dtype=self._dtype,
+            device=self._device,
+            max_num_seqs=max_num_seqs,
+            prefill_tile=tile,
+            max_prefill_tokens=prefill_tokens,
+            max_model_len=config.max_model_len or model.config.max_position_embeddings,
+        )
+        limit, used = memory["bytes_limit"], memory.get("bytes_in_use", 0)
+        left = int(config.memory_fraction * limit) - used - step
+        if left <= 0:
+            raise ConfigError(
+                f"no memory is left for the pool: of {limit:,} bytes that JAX may use of the "
+                f"device, weights and other arrays take {used:,} and the largest step "
+                f"{step:,}: lower max_num_seqs or max_num_batched_tokens, raise memory_fraction "
+                f"({config.memory_fraction}), or let JAX use more (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+            )
+        return left
 
     # -- generating -------------------------------------------------------------------------------
 
@@ -389,7 +428,7 @@ class LLM:
     def load_dummy_adapters(
         self, names: Sequence[str], ranks: Sequence[int], targets: Sequence[str]
     ) -> None:
-        """Register distinct random adapters, for benchmarks: thousands share one block of memory.
+        """Register distinct random adapters, for benchmarks.
 
         ``ranks``: one a name, multiples of 8; ``targets``: of q, k, v, o, gate, up, down.
         """
@@ -400,6 +439,7 @@ class LLM:
                 self._loaded.model.config.num_layers,
                 self._engine.view.adapters,
                 self._dtype,
+                self._host,
             )
             for name, adapter in zip(names, packed, strict=True):
                 self._engine.register_adapter(name, adapter, None)
@@ -551,24 +591,14 @@ def _kv_layout(
         raise ConfigError(str(error)) from error
 
 
-def _pool_bytes(config: EngineConfig, device: Any) -> int:
-    if config.pool_bytes is not None:
-        return config.pool_bytes
-    memory = device.memory_stats() or {}
-    if "bytes_limit" not in memory:
-        return DEFAULT_POOL_BYTES
-    return int(config.memory_fraction * (memory["bytes_limit"] - memory.get("bytes_in_use", 0)))
-
-
-def _num_pages(config: EngineConfig, device: Any, page_bytes: int) -> int:
+def _num_pages(pool_bytes: int, page_bytes: int) -> int:
     """Pages of the pool, the null page included."""
-    available = _pool_bytes(config, device)
-    if available < 2 * page_bytes:
+    if pool_bytes < 2 * page_bytes:
         raise ConfigError(
-            f"the pool of {available:,} bytes holds less than one page of KV: pool_bytes must be "
+            f"the pool of {pool_bytes:,} bytes holds less than one page of KV: pool_bytes must be "
             f"at least {2 * page_bytes:,}, the null page included"
         )
-    return available // page_bytes
+    return pool_bytes // page_bytes
 
 
 def _max_model_len(config: EngineConfig, model_limit: int, pool_tokens: int) -> int:

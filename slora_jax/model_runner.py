@@ -208,6 +208,31 @@ def row_buckets(kernels: str, most: int) -> Buckets:
     return Buckets(lambda need: (min(_power(base, need[0], first=first), most),), slack=(4,))
 
 
+def make_sample_program(
+    head_of: Callable[[Weights], Llama], max_num_seqs: int, platform: str
+) -> Programs:
+    """(weights, hidden states of ``ending_row``, tokens of the step before, SamplingBatch packed;
+    ``size`` rows, ``num_top`` alternatives or -1) → (i32[max_num_seqs], their scores).
+    """
+
+    def sample_rows(
+        weights: Weights,
+        ending: jax.Array,
+        sampled: jax.Array,
+        packed: Packed,
+        size: int,
+        num_top: int,
+    ) -> tuple[jax.Array, TokenLogprobs | None]:
+        logits = head_of(weights).logits(ending[:size])
+        tokens = sample(logits, with_sampled(unpack(packed), sampled))
+        scores = token_logprobs(logits, tokens, num_top) if num_top >= 0 else None
+        return jnp.pad(tokens, (0, max_num_seqs - len(tokens))), scores
+
+    static = ("size", "num_top")
+    options = compiler_options(platform)
+    return Programs(sample_rows, static_argnames=static, compiler_options=options)
+
+
 class ModelRunner:
     """Weights, pool and programs on a mesh. Not thread-safe; the pool has no second reference."""
 
@@ -244,24 +269,16 @@ class ModelRunner:
         self._samples = row_buckets(view.kernels, max_num_seqs)
         self._scores = row_buckets(view.kernels, max_num_seqs + max_prefill_tokens)
         self._sampled = jnp.zeros(max_num_seqs, jnp.int32)
+        self._weight_bytes = sum(leaf.nbytes for leaf in self._weights)
+        self._page_bytes = sum(layer.nbytes for layer in self.pool) // num_pages
+        self.num_bytes = 0
+        """Bytes that the steps had to read at least: weights, and pages of KV and adapters, each
+        once a step."""
         self.num_tokens = 0
         """Tokens computed since the start."""
         self.num_token_rows = 0
         """Rows computed, padding included."""
         self._sampled_rows: dict[str, int] = {}  # request id → row of `_sampled`
-
-        def sample_rows(
-            weights: Weights,
-            ending: jax.Array,
-            sampled: jax.Array,
-            packed: Packed,
-            size: int,
-            num_top: int,
-        ) -> tuple[jax.Array, TokenLogprobs | None]:
-            logits = head_of(weights).logits(ending[:size])
-            tokens = sample(logits, with_sampled(unpack(packed), sampled))
-            scores = token_logprobs(logits, tokens, num_top) if num_top >= 0 else None
-            return jnp.pad(tokens, (0, max_num_seqs - len(tokens))), scores
 
         def score_rows(
             weights: Weights, hidden: jax.Array, packed: Packed, num_top: int
@@ -269,9 +286,9 @@ class ModelRunner:
             rows, tokens = unpack(packed)
             return token_logprobs(head_of(weights).logits(hidden[rows]), tokens, num_top)
 
-        options = compiler_options(mesh.devices.flat[0].platform)
-        static = ("size", "num_top")
-        self._sample = Programs(sample_rows, static_argnames=static, compiler_options=options)
+        platform = mesh.devices.flat[0].platform
+        options = compiler_options(platform)
+        self._sample = make_sample_program(head_of, max_num_seqs, platform)
         self._score = jax.jit(score_rows, static_argnames="num_top", compiler_options=options)
 
     @property
@@ -326,6 +343,7 @@ class ModelRunner:
         rows = first_rows(output, shape, self.prefill_tile)
         chunks = (*output.decode, *output.prefill)
         self.num_tokens += sum(chunk.num_tokens for chunk in chunks)
+        self.num_bytes += self._weight_bytes + int(self._page_bytes * self._num_pages_read(chunks))
         self.num_token_rows += shape.decode + shape.tiles * self.prefill_tile
         prompt_scores = self._score_prompts(hidden.all, chunks, rows)
         ending = [chunk.request for chunk in chunks if chunk.is_last]
@@ -338,6 +356,13 @@ class ModelRunner:
         )
         launched.start_reading()
         return launched
+
+    def _num_pages_read(self, chunks: Sequence[Chunk]) -> float:
+        """KV counts by the token, adapters by the page."""
+        tokens = sum(chunk.start + chunk.num_tokens for chunk in chunks)
+        versions = {chunk.request.adapter_version for chunk in chunks} & self._adapters.keys()
+        adapters = sum(len(self._adapters[version].page_ids) for version in versions)
+        return tokens / self.view.kv.page_size + adapters
 
     def _pack(self, output: SchedulerOutput, shape: StepShape) -> ForwardBatch:
         return pack_step(
