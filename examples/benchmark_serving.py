@@ -13,8 +13,10 @@ And random weights in the shapes of S-LoRA's settings, for GPUs:
     python examples/benchmark_serving.py --setting S1 --workload trace --rate 10 --duration 30 \
         --adapters 5 2000
 
-Several numbers of adapters are served one after the other by one engine. Each workload is run once
-to warm up (compilation, caches), then `--runs` times, and the fastest is reported.
+Several numbers of adapters are served one after the other by one engine. All sizes of steps are
+compiled first; each workload is run once to warm up, then `--runs` times, and the fastest is
+reported. On a GPU the rate at which a kernel only reads is measured in the same process: the roof
+of which the steps' least bytes are given a share.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import platform
 import tempfile
 import time
@@ -31,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import workloads
 from workloads import ALL_LINEAR, SETTINGS, Setting, TimedRequest
@@ -38,6 +42,7 @@ from workloads import ALL_LINEAR, SETTINGS, Setting, TimedRequest
 from checkpoints.hf_llama import read_config
 from checkpoints.sources import resolve_model
 from checkpoints.synthetic import write_synthetic_adapter
+from pallas_kernels.paged_attention.bench import read_pages
 from slora_jax import LLM, SamplingParams
 
 SLO_SECONDS = 6.0
@@ -111,7 +116,22 @@ def best_of(run: Callable[[], Run], runs: int) -> Run:
     return min((run() for _ in range(runs)), key=lambda result: result.seconds)
 
 
-def measure(run: Run) -> dict[str, float]:
+def measure_read_roof() -> float | None:
+    """Bytes a second of a kernel that only reads device memory; None where there is none."""
+    if jax.default_backend() != "gpu":
+        return None
+    pages, rows = 2**14, 512
+    pool = jnp.zeros((pages, rows, 128), jnp.bfloat16)
+    order = jax.random.permutation(jax.random.key(0), pages).astype(jnp.int32)
+    best = math.inf
+    for _ in range(6):
+        started = time.perf_counter()
+        jax.block_until_ready([read_pages(pool, order) for _ in range(10)])
+        best = min(best, (time.perf_counter() - started) / 10)
+    return pool.nbytes / best
+
+
+def measure(run: Run, roof: float | None) -> dict[str, float]:
     """The evaluation's metrics (S-LoRA §7): rates a second, times in seconds."""
     count = len(run.served)
     result = {
@@ -134,6 +154,9 @@ def measure(run: Run) -> dict[str, float]:
     result["steps"] = run.counters["steps"]
     result["ms_per_step"] = 1e3 * run.seconds / steps
     result["padding_share"] = 1 - run.counters["tokens"] / rows
+    result["bytes_per_s"] = run.counters["bytes_read"] / run.seconds
+    if roof is not None:
+        result["share_of_roof"] = result["bytes_per_s"] / roof
     result["swap_ins"] = run.counters["swap_ins"]
     result["preemptions"] = run.counters["preemptions"]
     result["compiles"] = run.counters["compiles"]
@@ -158,10 +181,25 @@ def make_requests(
 def dummy_llm(args: argparse.Namespace, setting: Setting) -> Iterator[tuple[LLM, list[str]]]:
     """Random weights, and as many distinct adapters as any run needs."""
     options = {name: value for name, value in engine_options(args).items() if value is not None}
+    started = time.perf_counter()
     with LLM(setting.model, load="dummy", progress=False, **options) as llm:
+        made = time.perf_counter()
+        first = [5] * 8
+        llm.generate([first], None, SamplingParams(temperature=0, max_tokens=1), progress=False)
+        served = time.perf_counter()
         names = [f"adapter-{i}" for i in range(max(args.adapters))]
         ranks = [setting.ranks[i % len(setting.ranks)] for i in range(len(names))]
         llm.load_dummy_adapters(names, ranks, setting.targets)
+        loaded = time.perf_counter()
+        llm.warm_up()
+        ready = time.perf_counter()
+        print(
+            f"seconds: weights and pool {made - started:.1f}, first token {served - made:.1f}, "
+            f"adapters {loaded - served:.1f}, all sizes of steps {ready - loaded:.1f} "
+            f"({llm.stats().compiles} programs)",
+            flush=True,
+        )
+        print(llm.stats())
         yield llm, names
 
 
@@ -274,12 +312,15 @@ def main() -> None:
         about = f"{args.model}, float32, adapters of rank {args.rank} on {', '.join(ALL_LINEAR)}"
         source = real_llm(args, directory)
     print(f"{about}\n{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    roof = measure_read_roof()
+    if roof is not None:
+        print(f"read roof: {roof / 1e12:.2f} TB/s")
     with source as (llm, names):
         for count in args.adapters:
             requests = make_requests(args, count, llm.vocab_size)
             run = best_of(lambda r=requests: serve(llm, r, names), args.runs)
             tokens = [served.tokens for served in run.served]
-            rows.append((f"slora-jax, {count} adapters", measure(run)))
+            rows.append((f"slora-jax, {count} adapters", measure(run, roof)))
             print_row(*rows[-1], baseline(rows, args))
             write_row(args, *rows[-1])
         if args.peer == "peft":
@@ -311,7 +352,9 @@ def print_row(name: str, m: dict[str, float], base: float | None) -> None:
         f"{name}: {m['output_tokens_per_s']:.1f} output tokens/s, "
         f"{m['requests_per_s']:.2f} requests/s{retention}\n"
         f"  {int(m['steps'])} steps of {m['ms_per_step']:.2f} ms, "
-        f"padding {m['padding_share']:.1%}, {counts}\n"
+        f"padding {m['padding_share']:.1%}, {m['bytes_per_s'] / 1e12:.2f} TB/s"
+        + (f" ({m['share_of_roof']:.1%} of the roof)" if "share_of_roof" in m else "")
+        + f", {counts}\n"
         f"  ms at p50 / p90 / p99: {times}; SLO {m['slo_attainment']:.3f}",
         flush=True,
     )

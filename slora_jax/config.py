@@ -60,11 +60,13 @@ class EngineConfig:
     recompiles."""
 
     pool_bytes: int | None = None
-    """Bytes of the page pool over all layers, on each device. ``None``: ``memory_fraction`` of what
-    is free."""
+    """Bytes of the page pool over all layers, on each device. ``None``: what ``memory_fraction``
+    leaves."""
 
-    memory_fraction: float = 0.9
-    """Share of the device's free memory that the pool takes when ``pool_bytes`` is ``None``. Where
+    memory_fraction: float = 0.95
+    """Share of the memory that JAX may use of the device (on GPUs three quarters, unless
+    XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise) for weights, steps and pool together, when
+    ``pool_bytes`` is ``None``. What a step needs is measured, the pool takes what is left. Where
     the device does not tell its memory (CPU), the pool takes 1 GiB."""
 
     host_adapter_bytes: int | None = None

@@ -427,6 +427,7 @@ class Engine:
             steps=self._num_steps,
             tokens=self._runner.num_tokens,
             token_rows=self._runner.num_token_rows,
+            bytes_read=self._runner.num_bytes,
             swap_ins=self.cache.swap_ins,
             swap_in_bytes=self.cache.swap_in_bytes,
             disk_reloads=self.store.disk_reloads,

@@ -71,7 +71,7 @@ class Leader:
         self._now = time.monotonic()
         key = secrets.token_bytes(16)
         listener = Listener(("", 0), "AF_INET", backlog=jax.process_count(), authkey=key)
-        _share_address(_address(), listener.address[1], key)
+        _share_address(_address(), int(listener.address[1]), key)
         self._watch = _Watch()
         self._followers: list[Connection] = []
         for _ in range(jax.process_count() - 1):

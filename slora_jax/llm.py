@@ -28,6 +28,7 @@ from slora_jax import hosts, loading
 from slora_jax.adapter_partition import AdapterPartition
 from slora_jax.adapter_store import AdapterInfo
 from slora_jax.config import EngineConfig
+from slora_jax.device_memory import measure_step_bytes
 from slora_jax.engine import Engine, Generation
 from slora_jax.errors import (
     AdapterLoadError,
@@ -139,7 +140,10 @@ class LLM:
         max_num_seqs = config.max_num_seqs or suited_seqs
         tile, prefill_tokens = config.prefill_sizes(dispatch.PREFILL_TILE[kernels], suited_tokens)
         page_bytes = model.num_layers * kv.rows_per_page * 128 * jnp.dtype(self._dtype).itemsize
-        num_pages = _num_pages(config, self._mesh, page_bytes)
+        pool_bytes = config.pool_bytes or self._measure_pool_bytes(
+            config, view, max_num_seqs=max_num_seqs, tile=tile, prefill_tokens=prefill_tokens
+        )
+        num_pages = _num_pages(pool_bytes, page_bytes, self._mesh)
         max_model_len = _max_model_len(
             config, model.max_position_embeddings, (num_pages - 1) * kv.page_size
         )
@@ -177,6 +181,42 @@ class LLM:
             eos_token_ids=self._loaded.eos_token_ids,
             journal=hosts.open_journal(self._mesh),
         )
+
+    def _measure_pool_bytes(
+        self,
+        config: EngineConfig,
+        view: PoolView,
+        *,
+        max_num_seqs: int,
+        tile: int,
+        prefill_tokens: int,
+    ) -> int:
+        """What ``memory_fraction`` of a device's memory leaves to the pool, on the fullest one."""
+        memories = [device.memory_stats() or {} for device in self._mesh.local_devices]
+        if any("bytes_limit" not in memory for memory in memories):
+            return DEFAULT_POOL_BYTES
+        model = self._loaded.model
+        step = measure_step_bytes(
+            model,
+            view,
+            dtype=self._dtype,
+            mesh=self._mesh,
+            max_num_seqs=max_num_seqs,
+            prefill_tile=tile,
+            max_prefill_tokens=prefill_tokens,
+            max_model_len=config.max_model_len or model.config.max_position_embeddings,
+        )
+        limit = min(memory["bytes_limit"] for memory in memories)
+        used = max(memory.get("bytes_in_use", 0) for memory in memories)
+        left = int(config.memory_fraction * limit) - used - step
+        if left <= 0:
+            raise ConfigError(
+                f"no memory is left for the pool: of {limit:,} bytes that JAX may use of the "
+                f"device, weights and other arrays take {used:,} and the largest step "
+                f"{step:,}: lower max_num_seqs or max_num_batched_tokens, raise memory_fraction "
+                f"({config.memory_fraction}), or let JAX use more (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+            )
+        return left
 
     # -- generating -------------------------------------------------------------------------------
 
@@ -394,7 +434,7 @@ class LLM:
     def load_dummy_adapters(
         self, names: Sequence[str], ranks: Sequence[int], targets: Sequence[str]
     ) -> None:
-        """Register distinct random adapters, for benchmarks: thousands share one block of memory.
+        """Register distinct random adapters, for benchmarks.
 
         ``ranks``: one a name, multiples of 8; ``targets``: of q, k, v, o, gate, up, down.
         """
@@ -628,28 +668,18 @@ def _kv_layout(
         raise ConfigError(str(error)) from error
 
 
-def _pool_bytes(config: EngineConfig, device: Any) -> int:
-    if config.pool_bytes is not None:
-        return config.pool_bytes
-    memory = device.memory_stats() or {}
-    if "bytes_limit" not in memory:
-        return DEFAULT_POOL_BYTES
-    return int(config.memory_fraction * (memory["bytes_limit"] - memory.get("bytes_in_use", 0)))
-
-
-def _num_pages(config: EngineConfig, mesh: jax.sharding.Mesh, page_bytes: int) -> int:
-    """Pages of the pool, the null page included; ``page_bytes`` of one device."""
-    available = min(_pool_bytes(config, device) for device in mesh.local_devices)
-    if mesh.is_multi_process:
-        pages = np.asarray(min(available // page_bytes, 2**31 - 1), np.int32)
-        available = page_bytes * int(np.min(multihost_utils.process_allgather(pages)))
-    if available < 2 * page_bytes:
+def _num_pages(pool_bytes: int, page_bytes: int, mesh: jax.sharding.Mesh) -> int:
+    """Pages of the pool, the null page included; bytes of one device."""
+    if mesh.is_multi_process:  # as many on all devices
+        pages = np.asarray(min(pool_bytes // page_bytes, 2**31 - 1), np.int32)
+        pool_bytes = page_bytes * int(np.min(multihost_utils.process_allgather(pages)))
+    if pool_bytes < 2 * page_bytes:
         where = "" if mesh.size == 1 else f" on each of {mesh.size} devices"
         raise ConfigError(
-            f"the pool of {available:,} bytes{where} holds less than one page of KV: pool_bytes "
+            f"the pool of {pool_bytes:,} bytes{where} holds less than one page of KV: pool_bytes "
             f"must be at least {2 * page_bytes:,}, the null page included"
         )
-    return available // page_bytes
+    return pool_bytes // page_bytes
 
 
 def _max_model_len(config: EngineConfig, model_limit: int, pool_tokens: int) -> int:

@@ -299,7 +299,7 @@ def dummy_adapters(
 ) -> Iterator[PackedAdapter]:
     """Distinct random adapters, one for each rank in turn, in page form: for benchmarks.
 
-    Views into one random block, which stays in plain memory, so that thousands fit; A and B have
+    Cut from one random block at different places, and in plain memory views of it; A and B have
     deviation 0.02, scaling is 2. Ranks are multiples of 8, and each A and B fills whole segments.
     """
     pages_of = {
@@ -322,13 +322,13 @@ def dummy_adapters(
             ranks=ranks,
             num_pages=shape[1],
             nbytes=math.prod(shape) * block.itemsize,
-            pages=_runs_of(block[first:], shape),
+            pages=tuple(host.place_run(run) for run in _runs_of(block[first:], shape)),
             scaling=np.full((num_layers, len(TARGETS)), 2.0, np.float32),
         )
 
 
 def _runs_of(block: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    """Pages of ``shape`` [layers, n, rows, 128] as HostPages that are views into ``block``."""
+    """Pages of ``shape`` [layers, n, rows, 128] as runs that are views into ``block``."""
     runs, start = [], 0
     for count in run_lengths(shape[1]):
         run = (shape[0], count, *shape[2:])

@@ -213,6 +213,51 @@ def row_buckets(kernels: str, most: int) -> Buckets:
     return Buckets(lambda need: (min(_power(base, need[0], first=first), most),), slack=(4,))
 
 
+def make_sample_program(model: Llama, mesh: jax.sharding.Mesh, max_num_seqs: int) -> Programs:
+    """(weights, hidden states of ``ending_row``, tokens of the step before, SamplingBatch packed;
+    ``size`` rows, ``num_top`` alternatives or -1) → (i32[max_num_seqs], their scores).
+    """
+    head_of, weights = over_leaves(model)
+    shards, vocab_size = model.shards, model.config.vocab_size
+
+    def sample_rows(
+        weights: Weights,
+        ending: jax.Array,
+        sampled: jax.Array,
+        packed: Packed,
+        size: int,
+        num_top: int,
+    ) -> tuple[jax.Array, TokenLogprobs | None]:
+        logits = head_of(weights).logits(ending[:size])
+        how, scores = with_sampled(unpack(packed), sampled), None
+        if num_top < 0 and how.truncation is None and vocab_size % shards.count == 0:
+            tokens = sample(logits, how, shards)
+        else:  # looks at all logits of a row several times: gather them once
+            logits = shards.gather(logits)[:, :vocab_size]
+            tokens = sample(logits, how)
+            scores = token_logprobs(logits, tokens, num_top) if num_top >= 0 else None
+        return jnp.pad(tokens, (0, max_num_seqs - len(tokens))), scores
+
+    return Programs(
+        _cut(sample_rows, mesh, (specs_of(weights, mesh), SAME, SAME, SAME)),
+        static_argnames=("size", "num_top"),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
+
+
+def _cut(
+    function: Callable[..., Any], mesh: jax.sharding.Mesh, specs: tuple[Any, ...]
+) -> Callable[..., Any]:
+    """``function`` on each device of ``mesh``, the same results on all; keyword arguments are
+    static."""
+
+    def program(*args: Any, **static: Any) -> Any:
+        own = functools.partial(function, **static)
+        return on_each_device(own, mesh, specs, SAME)(*args)
+
+    return program
+
+
 class ModelRunner:
     """Weights, pool and programs on a mesh. Not thread-safe; the pool has no second reference."""
 
@@ -255,30 +300,16 @@ class ModelRunner:
         self._samples = row_buckets(view.kernels, max_num_seqs)
         self._scores = row_buckets(view.kernels, max_num_seqs + max_prefill_tokens)
         self._sampled = replicate(mesh, np.zeros(max_num_seqs, np.int32))
+        self._weight_bytes = sum(leaf.nbytes for leaf in self._weights)
+        self._page_bytes = sum(layer.nbytes for layer in self.pool) // num_pages
+        self.num_bytes = 0
+        """Bytes that the steps had to read at least: weights, and pages of KV and adapters, each
+        once a step."""
         self.num_tokens = 0
         """Tokens computed since the start."""
         self.num_token_rows = 0
         """Rows computed, padding included."""
         self._sampled_rows: dict[str, int] = {}  # request id → row of `_sampled`
-
-        def sample_rows(
-            weights: Weights,
-            ending: jax.Array,
-            sampled: jax.Array,
-            packed: Packed,
-            size: int,
-            num_top: int,
-        ) -> tuple[jax.Array, TokenLogprobs | None]:
-            logits = head_of(weights).logits(ending[:size])
-            how = with_sampled(unpack(packed), sampled)
-            is_even = vocab_size % model.shards.count == 0
-            if num_top < 0 and how.truncation is None and is_even:
-                tokens, scores = sample(logits, how, model.shards), None
-            else:  # looks at all logits of a row several times: gather them once
-                logits = model.shards.gather(logits)[:, :vocab_size]
-                tokens = sample(logits, how)
-                scores = token_logprobs(logits, tokens, num_top) if num_top >= 0 else None
-            return jnp.pad(tokens, (0, max_num_seqs - len(tokens))), scores
 
         def score_rows(
             weights: Weights, hidden: jax.Array, packed: Packed, num_top: int
@@ -287,25 +318,11 @@ class ModelRunner:
             logits = model.shards.gather(head_of(weights).logits(hidden[rows]))
             return token_logprobs(logits[:, :vocab_size], tokens, num_top)
 
-        def cut(function: Callable[..., Any], *others: Any) -> Callable[..., Any]:
-            """``function`` on each device; its keyword arguments are static."""
-            specs = (specs_of(self._weights, mesh), *others)
-
-            def program(*args: Any, **static: Any) -> Any:
-                return on_each_device(functools.partial(function, **static), mesh, specs, SAME)(
-                    *args
-                )
-
-            return program
-
-        options = compiler_options(mesh.devices.flat[0].platform)
-        self._sample = Programs(
-            cut(sample_rows, SAME, SAME, SAME),
-            static_argnames=("size", "num_top"),
-            compiler_options=options,
-        )
+        self._sample = make_sample_program(model, mesh, max_num_seqs)
         self._score = jax.jit(
-            cut(score_rows, SAME, SAME), static_argnames="num_top", compiler_options=options
+            _cut(score_rows, mesh, (specs_of(self._weights, mesh), SAME, SAME)),
+            static_argnames="num_top",
+            compiler_options=compiler_options(mesh.devices.flat[0].platform),
         )
 
     @property
@@ -372,6 +389,7 @@ class ModelRunner:
         rows = first_rows(output, shape, self.prefill_tile)
         chunks = (*output.decode, *output.prefill)
         self.num_tokens += sum(chunk.num_tokens for chunk in chunks)
+        self.num_bytes += self._weight_bytes + int(self._page_bytes * self._num_pages_read(chunks))
         self.num_token_rows += shape.decode + shape.tiles * self.prefill_tile
         prompt_scores = self._score_prompts(hidden.all, chunks, rows)
         ending = [chunk.request for chunk in chunks if chunk.is_last]
@@ -384,6 +402,13 @@ class ModelRunner:
         )
         launched.start_reading()
         return launched
+
+    def _num_pages_read(self, chunks: Sequence[Chunk]) -> float:
+        """KV counts by the token, adapters by the page."""
+        tokens = sum(chunk.start + chunk.num_tokens for chunk in chunks)
+        versions = {chunk.request.adapter_version for chunk in chunks} & self._adapters.keys()
+        adapters = sum(len(self._adapters[version].page_ids) for version in versions)
+        return tokens / self.view.kv.page_size + adapters
 
     def _pack(self, output: SchedulerOutput, shape: StepShape) -> ForwardBatch:
         return pack_step(

@@ -98,6 +98,9 @@ class EngineStats:
     """Computed in all steps, prompts' and outputs'."""
     token_rows: int
     """The same with padding to the compiled sizes."""
+    bytes_read: int
+    """Bytes that the steps had to read at least: weights, and pages of KV and adapters, each once a
+    step."""
     swap_ins: int
     swap_in_bytes: int
     disk_reloads: int

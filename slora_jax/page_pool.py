@@ -74,10 +74,13 @@ class HostMemory:
         runs: list[np.ndarray | jax.Array] = []
         start = 0
         for count in run_lengths(pages.shape[1]):
-            run = np.ascontiguousarray(pages[:, start : start + count])
-            runs.append(run if self.pinned is None else _put(run, self.pinned))
+            runs.append(self.place_run(np.ascontiguousarray(pages[:, start : start + count])))
             start += count
         return tuple(runs)
+
+    def place_run(self, run: np.ndarray) -> np.ndarray | jax.Array:
+        """A contiguous run of pages; the array itself where memory is not pinned."""
+        return run if self.pinned is None else _put(run, self.pinned)
 
 
 def _of_runs(spec: jax.sharding.PartitionSpec) -> jax.sharding.PartitionSpec:

@@ -232,8 +232,12 @@ def _group_term(
     """``y`` plus the term of one group, which starts at target ``first_target``."""
     tokens, dtype = x.shape[0], pool_layer.dtype
     x = _padded(x.astype(dtype), (inputs,), WINDOW * LANES).reshape(tokens, -1, WINDOW, LANES)
-    # y in place where its targets are whole blocks, as those of every large model are.
-    unit = LANES if all(f % LANES == 0 for f in outputs) else WINDOW * LANES
+    # y in place where its targets are whole blocks, as those of every large model are; but where
+    # each begins at a whole window, y must end at one.
+    starts_whole = not any(f % (WINDOW * LANES) for f in outputs[:-1])
+    ends_whole = outputs[-1] % (WINDOW * LANES) == 0
+    in_place = all(f % LANES == 0 for f in outputs) and (ends_whole or not starts_whole)
+    unit = LANES if in_place else WINDOW * LANES
     y_blocks = _padded(y.astype(dtype), outputs, unit).reshape(tokens, -1, LANES)
     y_ref = jax.new_ref(y_blocks)
     places = np.cumsum([0, *(-(-f // unit) * (unit // LANES) for f in outputs)])
@@ -325,8 +329,7 @@ def _decode(
     )
     stages = min(12, (SHARED_BYTES - used) // (CHUNK * LANES * 2))
     ragged = any(n % WINDOW for n in out_blocks)
-    # Tiles of ys must fall on y's.
-    aligned = not any(place % WINDOW for place in (*places, y_ref.shape[1]))
+    aligned = not any(place % WINDOW for place in places)  # tiles of ys must fall on y's
 
     def body(*refs):
         (

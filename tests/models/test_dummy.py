@@ -11,8 +11,11 @@ from checkpoints.architectures import ARCHITECTURES
 from checkpoints.hf_llama import CONFIG_KEYS, read_config
 from checkpoints.synthetic import write_synthetic_adapter, write_synthetic_llama
 from slora_jax import LLM, SamplingParams
+from slora_jax.device_memory import measure_step_bytes
 from slora_jax.errors import ConfigError, ModelLoadError
+from slora_jax.forward_programs import WholeForward
 from slora_jax.loading import dummy_model
+from slora_jax.model_runner import row_buckets, step_buckets
 from slora_jax.sharding import single_device_mesh
 
 OPTIONS = {"load": "dummy", "max_num_seqs": 4, "pool_bytes": 2**22, "progress": False}
@@ -61,3 +64,44 @@ def test_what_is_no_name_and_no_directory_is_refused(tmp_path):
         LLM(tmp_path, **OPTIONS)
     with pytest.raises(ConfigError, match="load='random'"):
         LLM("llama-7b", load="random", progress=False)
+
+
+def test_after_warming_up_the_runner_compiles_nothing_for_its_sizes(tmp_path):
+    """Kernels' sizes, which are few; the programs themselves are XLA's."""
+    write_synthetic_llama(tmp_path)
+    model = dummy_model(
+        tmp_path, dtype=jnp.dtype("float32"), mesh=single_device_mesh(jax.devices()[0])
+    ).model
+    with LLM(tmp_path, **OPTIONS | {"max_num_batched_tokens": 16}) as llm:
+        runner = llm.engine._runner
+        runner._forward = WholeForward(model, runner.view, llm._mesh, {})
+        runner._steps, runner._samples = step_buckets("gpu", 4, 2, 8), row_buckets("gpu", 4)
+        llm.load_dummy_adapters(["a", "b"], [8, 16], ("q", "v"))
+        llm.warm_up()
+        ready = llm.stats().compiles
+        assert ready == 5  # with and without LoRA; decode, decode and prefill; sampling
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        llm.generate(["abc"] * 4, ["a", "b", None, "a"], params)
+        llm.generate(["abcdefghij"] * 4, None, params)
+        assert llm.stats().compiles == ready
+
+
+def test_a_larger_step_needs_more_memory(tmp_path):
+    write_synthetic_llama(tmp_path)
+    with LLM(tmp_path, **OPTIONS) as llm:
+
+        def needed(max_num_seqs, max_prefill_tokens):
+            return measure_step_bytes(
+                llm._loaded.model,
+                llm.engine.view,
+                dtype=jnp.dtype("float32"),
+                mesh=llm._mesh,
+                max_num_seqs=max_num_seqs,
+                prefill_tile=8,
+                max_prefill_tokens=max_prefill_tokens,
+                max_model_len=64,
+            )
+
+        logits = 64 * llm.vocab_size * 4
+        assert needed(64, 32) > 2 * logits
+        assert needed(4, 512) > needed(4, 32)
