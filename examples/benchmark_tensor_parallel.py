@@ -7,9 +7,10 @@ while all of them run:
     NCCL_NVLS_ENABLE=0 python examples/benchmark_tensor_parallel.py --settings S4 G1 \
         --tensor-parallel 1 2 --json tensor_parallel.jsonl
 
-Prints, beside tokens a second: the ceiling of retention (with adapters over without), which is what
-the bytes that a device must read and the collectives' own measured time allow; memory per device;
-and, with --profile, where a step's time goes.
+Each engine has a process of its own; all of them start and compile side by side, and then measure
+one after the other. Prints, beside tokens a second: the ceiling of retention (with adapters over
+without), which is what the bytes that a device must read and the collectives' own measured time
+allow; memory per device; and, with --profile, where a step's time goes.
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ import argparse
 import collections
 import contextlib
 import json
+import os
+import queue
 import re
+import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +45,13 @@ from slora_jax.sharding import Shards, model_mesh, on_each_device
 PROMPT_TOKENS = 8
 SETTLE = 4
 """Steps after the last prefill that are not timed."""
+
+POOL_BYTES = {"llama-13b": 24 * 10**9, "llama-3.1-8b": 10**10, "llama-3.1-70b": 48 * 10**9}
+"""That 128 short requests and 64 adapters need on one device; over N, (1 + 1/N) / 2 of it on each
+will do, which is the share that adapters take."""
+
+READY_SECONDS, TURN_SECONDS = 280, 120
+"""A process that is not ready by then, or takes longer to measure, is given up."""
 
 KINDS = (
     ("collectives", re.compile(r"nccl|all[-_]?reduce|all[-_]?gather|one_shot", re.I)),
@@ -55,7 +69,8 @@ def rank_of(setting: Setting, adapter: int) -> int:
 @contextlib.contextmanager
 def engine_of(args: argparse.Namespace, setting: Setting, count: int, scheme: str) -> Iterator[LLM]:
     """An engine over ``count`` devices, with as many adapters as the largest batch needs."""
-    options = {"dtype": args.dtype, "kernels": args.kernels, "pool_bytes": args.pool_bytes}
+    options = {"dtype": args.dtype, "kernels": args.kernels}
+    pool_bytes = args.pool_bytes or POOL_BYTES.get(args.model or setting.model, 2**30)
     with LLM(
         args.model or setting.model,
         load="dummy",
@@ -65,11 +80,14 @@ def engine_of(args: argparse.Namespace, setting: Setting, count: int, scheme: st
         max_num_seqs=max(args.batches),
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_model_len=args.max_model_len,
+        pool_bytes=pool_bytes * (count + 1) // (2 * count),
         **{name: value for name, value in options.items() if value is not None},
     ) as llm:
         most = max(args.adapters)
         ranks = [rank_of(setting, adapter) for adapter in range(most)]
         llm.load_dummy_adapters([f"adapter-{i}" for i in range(most)], ranks, setting.targets)
+        if args.warm_up:
+            llm.warm_up()
         yield llm
 
 
@@ -106,7 +124,7 @@ def decode(
 ) -> tuple[float, dict[str, float]]:
     """(seconds a step, the best of ``--runs``; milliseconds a step by kind of work)."""
     steps = args.steps * args.runs + 16 + 2 * SETTLE
-    running = start(llm, batch, num_adapters, steps + batch * args.stagger)
+    running = start(llm, batch, num_adapters, steps + batch // 4)
     seconds = min(time_steps(llm.engine, args.steps) for _ in range(args.runs))
     shares = profile(llm.engine, 8) if args.profile else {}
     assert not any(generation.finished for generation in running)
@@ -189,35 +207,98 @@ def main() -> None:
     parser.add_argument(
         "--partitions", nargs="+", default=["no_extra_collectives", "s_lora"], help="above 1 device"
     )
-    parser.add_argument(
-        "--batches", type=int, nargs="+", default=[128, 32, 1], help="largest first"
-    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[128, 32, 1], help="falling")
     parser.add_argument("--adapters", type=int, nargs="+", default=[0, 64])
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--stagger", type=int, default=1, help="steps between requests' prefills")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--read-roof", type=float, default=4.6, help="TB/s that a device reads")
     parser.add_argument("--dtype")
     parser.add_argument("--kernels")
-    parser.add_argument("--pool-bytes", type=int)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=128)
+    parser.add_argument("--pool-bytes", type=int, help="on one device")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=512)
+    parser.add_argument("--warm-up", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, help="append a JSON line a row here")
+    parser.add_argument("--only", nargs=3, help="setting, devices, partition: one engine's process")
     args = parser.parse_args()
-    device = jax.devices()[0]
-    print(f"{len(jax.devices())} x {device.device_kind}, jax {jax.__version__}", flush=True)
-    for name in args.settings:
-        for count in args.tensor_parallel:
-            base: dict[int, float] = {}  # of a batch: no adapter, no partition
-            for scheme in args.partitions if count > 1 else ["no_extra_collectives"]:
-                measure(args, name, count, scheme, base)
+    if args.only:
+        measure(args, args.only[0], int(args.only[1]), args.only[2])
+        return
+    engines = [
+        (setting, count, scheme)
+        for setting in args.settings
+        for count in args.tensor_parallel
+        for scheme in (args.partitions if count > 1 else args.partitions[:1])
+    ]
+    rows = [row for engine in take_turns(engines) for row in engine]
+    report(rows, args)
 
 
-def measure(
-    args: argparse.Namespace, name: str, count: int, scheme: str, base: dict[int, float]
-) -> None:
-    """All batches and numbers of adapters on one engine; ``base``: seconds a step without."""
+def take_turns(engines: Sequence[tuple[str, int, str]]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each engine: all get ready together, then measure one after the other."""
+    begin = time.monotonic()
+    children = []
+    for index, engine in enumerate(engines):
+        environment = dict(os.environ)
+        environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        environment.setdefault("NCCL_NVLS_ENABLE", "0")
+        if engine[1] == 1:  # side by side with others
+            environment.setdefault("CUDA_VISIBLE_DEVICES", str(index % max(e[1] for e in engines)))
+        command = [sys.executable, *sys.argv, "--only", *map(str, engine)]
+        child = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=_read_lines, args=(child, lines), daemon=True).start()
+        children.append((engine, child, lines))
+    ready = []
+    for engine, child, lines in children:
+        left = READY_SECONDS - (time.monotonic() - begin)
+        if any(line == "ready" for line in _lines(lines, left, until="ready")):
+            ready.append((engine, child, lines))
+        else:
+            print(f"{engine} is given up before it was ready", flush=True)
+            child.kill()
+    print(f"{len(ready)} engines ready after {time.monotonic() - begin:.0f} s", flush=True)
+    for engine, child, lines in ready:
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        yield [
+            json.loads(line.removeprefix("row "))
+            for line in _lines(lines, TURN_SECONDS)
+            if line.startswith("row ")
+        ]
+        child.kill()
+        print(f"{engine} done after {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def _read_lines(child: subprocess.Popen, lines: queue.SimpleQueue) -> None:
+    for line in child.stdout:
+        lines.put(line.rstrip("\n"))
+    lines.put(None)
+
+
+def _lines(lines: queue.SimpleQueue, seconds: float, until: str | None = None) -> Iterator[str]:
+    """What a process prints within ``seconds``, up to a line ``until`` or its end."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            line = lines.get(timeout=max(end - time.monotonic(), 0.1))
+        except queue.Empty:
+            print("  out of time", flush=True)
+            return
+        if line is None:
+            return
+        if not line.startswith("row "):
+            print(f"  {line}", flush=True)
+        yield line
+        if line == until:
+            return
+
+
+def measure(args: argparse.Namespace, name: str, count: int, scheme: str) -> None:
+    """All batches and numbers of adapters on one engine, once the word is given."""
     setting, begin = SETTINGS[name], time.perf_counter()
     with engine_of(args, setting, count, scheme) as llm:
         dtype, config = llm._dtype, llm._loaded.model.config
@@ -225,25 +306,25 @@ def measure(
         in_use = max(stats.get("bytes_in_use", 0) for stats in memory)
         stats = llm.stats()
         pool = (stats.pages_total + 1) * stats.page_bytes // count
-        about = f"{name}, {count} devices, {scheme}"
         print(
-            f"{about}: kernels {llm.engine.view.kernels}, {(in_use - pool) / 1e9:.2f} GB on each "
-            f"besides a pool of {pool / 1e9:.2f} GB, started in {time.perf_counter() - begin:.0f}s",
+            f"{name}, {count} devices, {scheme}: kernels {llm.engine.view.kernels}, "
+            f"{max(in_use - pool, 0) / 1e9:.2f} GB on each besides a pool of {pool / 1e9:.2f} GB, "
+            f"{stats.compiles} programs, ready after {time.perf_counter() - begin:.0f} s",
             flush=True,
         )
+        print("ready", flush=True)
+        sys.stdin.readline()
         for batch in args.batches:
             collective = 0.0
             if count > 1:
                 collective = time_all_reduce(count, batch, config.hidden_size, dtype)
             for num_adapters in args.adapters:
-                if num_adapters == 0 and batch in base:
-                    continue
-                begin = time.perf_counter()
+                if num_adapters == 0 and scheme != args.partitions[0]:
+                    continue  # no adapter, no partition
                 seconds, shares = decode(args, llm, batch, num_adapters)
                 weights, adapters = bytes_read(llm, setting, min(num_adapters, batch))
                 roof = args.read_roof * 1e12
-                waits = collective * (2 * config.num_layers + 1)
-                floor = weights / roof + waits
+                floor = weights / roof + collective * (2 * config.num_layers + 1)
                 row = {
                     "setting": name,
                     "tensor_parallel": count,
@@ -259,27 +340,53 @@ def measure(
                     "pool_bytes": pool,
                     "floor_ms": 1e3 * (floor + adapters / roof),
                     "ceiling_of_retention": floor / (floor + adapters / roof),
-                    "retention": base.get(batch, seconds) / seconds,
                     "ms_by_kind": shares,
                     "compiles": llm.stats().compiles,
                     "device": jax.devices()[0].device_kind,
                     "jax": jax.__version__,
                 }
-                if num_adapters == 0:
-                    base[batch] = seconds
-                print(
-                    f"  batch {batch}, {num_adapters} adapters: {batch / seconds:.1f} tokens/s, "
-                    f"{1e3 * seconds:.3f} ms a step (floor {row['floor_ms']:.3f}), retention "
-                    f"{row['retention']:.3f} (ceiling {row['ceiling_of_retention']:.3f}), "
-                    f"all-reduce {1e6 * collective:.1f} us, "
-                    f"took {time.perf_counter() - begin:.0f} s",
-                    flush=True,
-                )
-                for kind, ms in shares.items():
-                    print(f"    {ms:8.3f} ms  {kind}", flush=True)
-                if args.json:
-                    with args.json.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                print("row " + json.dumps(row), flush=True)
+
+
+def report(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
+    """A line a row, with what only several rows say; JSON where asked for."""
+    base = {
+        (row["setting"], row["tensor_parallel"], row["batch"]): row["tokens_per_s"]
+        for row in rows
+        if row["adapters"] == 0
+    }
+    for row in rows:
+        key = row["setting"], row["tensor_parallel"], row["batch"]
+        one = next(
+            (
+                other["tokens_per_s"]
+                for other in rows
+                if (other["setting"], other["tensor_parallel"], other["batch"])
+                == (key[0], 1, key[2])
+                and other["adapters"] == row["adapters"]
+            ),
+            None,
+        )
+        row["retention"] = row["tokens_per_s"] / base[key] if key in base else None
+        row["speedup"] = row["tokens_per_s"] / one if one else None
+        share = row["retention"] and row["retention"] / row["ceiling_of_retention"]
+        print(
+            f"{row['setting']} TP {row['tensor_parallel']} {row['lora_partition']}, batch "
+            f"{row['batch']}, {row['adapters']} adapters: {row['tokens_per_s']:.1f} tokens/s, "
+            f"{row['ms_per_step']:.3f} ms a step (floor {row['floor_ms']:.3f}), "
+            f"{_number(row['speedup'])} x one device, retention {_number(row['retention'])} "
+            f"(ceiling {row['ceiling_of_retention']:.3f}, {_number(share)} of it), all-reduce "
+            f"{row['all_reduce_us']:.1f} us, adapters {row['adapter_bytes'] / 1e9:.2f} GB a device"
+        )
+        for kind, ms in row["ms_by_kind"].items():
+            print(f"    {ms:8.3f} ms  {kind}")
+        if args.json:
+            with args.json.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3f}"
 
 
 if __name__ == "__main__":
