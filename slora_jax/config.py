@@ -39,12 +39,12 @@ class EngineConfig:
 
     max_num_seqs: int | None = None
     """Most requests that run at once. Fixes the largest decode bucket: changing this recompiles.
-    ``None``: 64, or 256 where Pallas kernels serve."""
+    ``None``: 64, or 256 with the GPU kernels."""
 
     max_num_batched_tokens: int | None = None
     """Prefill tokens of one step, tile padding included: a longer prompt is read in chunks. Fixes
-    the largest prefill bucket: changing this recompiles. ``None``: 256, or 512 where Pallas kernels
-    serve; less makes running requests wait less for long prompts."""
+    the largest prefill bucket: changing this recompiles. ``None``: 256, or 512 with Pallas kernels;
+    less makes running requests wait less for long prompts."""
 
     prefill_tile: int | None = None
     """Prefill chunks are laid out in tiles of this many tokens, so that a tile belongs to one

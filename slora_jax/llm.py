@@ -51,6 +51,10 @@ BASE = "__base__"
 DEFAULT_POOL_BYTES = 2**30
 """Of the pool where the device does not tell its memory (CPU)."""
 
+SUITED_SIZES = {"gpu": (256, 512), "tpu": (64, 512)}
+"""Kernels → (max_num_seqs, max_num_batched_tokens) where they are not given; else 64 and 256. A TPU
+holds the page tables of a step in its scalar memory, which is small."""
+
 Prompt = str | Sequence[int]
 Params = SamplingParams | Mapping[str, Any] | None
 _NO_LIST = (str, bytes, bytearray, memoryview, Mapping, Set, type)
@@ -136,7 +140,7 @@ class LLM:
             raise ConfigError(str(error)) from error
         kernels = _choose_kernels(config, self._device, self._dtype, own.num_heads, kv, adapters)
         view = PoolView(kv=kv, adapters=adapters, kernels=kernels)
-        suited_seqs, suited_tokens = (256, 512) if kernels in dispatch.PLATFORMS else (64, 256)
+        suited_seqs, suited_tokens = SUITED_SIZES.get(kernels, (64, 256))
         max_num_seqs = config.max_num_seqs or suited_seqs
         tile, prefill_tokens = config.prefill_sizes(dispatch.PREFILL_TILE[kernels], suited_tokens)
         page_bytes = model.num_layers * kv.rows_per_page * 128 * jnp.dtype(self._dtype).itemsize

@@ -77,7 +77,7 @@ def test_unknown_names():
 def test_sizes_of_steps():
     for name, tile in dispatch.PREFILL_TILE.items():
         dispatch.check_step(name, tile=tile, table_entries=256 * 64)
-    with pytest.raises(NotImplementedError, match="multiple of 128"):
+    with pytest.raises(NotImplementedError, match="multiple of 16"):
         dispatch.check_step("gpu", tile=8, table_entries=1)
     with pytest.raises(NotImplementedError, match="scalar memory"):
         dispatch.check_step("tpu", tile=128, table_entries=2**20)
