@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slora_jax.page_pool import SWAP_IN_PAGES, HostMemory, allocate_pool, swap_in
-from slora_jax.sharding import model_mesh
+from slora_jax.page_pool import RUN_AXES, SWAP_IN_PAGES, HostMemory, allocate_pool, swap_in
+from slora_jax.sharding import model_mesh, named_sharding
 
 DEVICE = jax.devices()[0]
 PINNED = jax.sharding.SingleDeviceSharding(DEVICE, memory_kind="pinned_host")
@@ -32,6 +32,24 @@ def test_an_adapter_lands_in_its_pages_and_nowhere_else(num_pages, pinned):
     expected[:, ids] = pages
     np.testing.assert_array_equal(np.stack([np.asarray(layer) for layer in pool]), expected)
     assert all(layer.sharding.memory_kind == "device" for layer in pool)
+
+
+@pytest.mark.parametrize("kind", [None, "pinned_host"])
+def test_each_device_gets_its_own_rows(kind):
+    mesh = model_mesh(jax.devices()[:4])
+    pinned = kind and named_sharding(mesh, RUN_AXES, memory_kind=kind)
+    pages = np.random.default_rng(0).standard_normal((LAYERS, 3, 4 * ROWS, 128), np.float32)
+    runs = HostMemory(pinned, (0, 1, 2, 3)).place(pages)
+    sharding = named_sharding(mesh, ("pages", "page_rows", "lanes"))
+    pool = swap_in(
+        allocate_pool(LAYERS, (PAGES, 4 * ROWS, 128), jnp.float32, sharding), [5, 7, 2], runs
+    )
+    for layer, expected in zip(pool, pages, strict=True):
+        assert layer.sharding.is_equivalent_to(sharding, 3)
+        for shard in layer.addressable_shards:
+            assert shard.data.shape == (PAGES, ROWS, 128)
+            rows = shard.index[1]
+            np.testing.assert_array_equal(shard.data[np.array([5, 7, 2])], expected[:, rows])
 
 
 def test_a_cpu_keeps_plain_arrays():
