@@ -20,6 +20,7 @@ from slora_jax.model_runner import make_sample_program, step_buckets
 from slora_jax.models.llama import Llama, PoolView
 from slora_jax.sampling import Penalties, Randomness, SamplingBatch, Truncation
 from slora_jax.scheduler import SchedulerOutput
+from slora_jax.trace_store import TraceStore
 from slora_jax.transfer import pack
 
 LAYERS = 2
@@ -42,6 +43,7 @@ def measure_step_bytes(
     prefill_tile: int,
     max_prefill_tokens: int,
     max_model_len: int,
+    traces: TraceStore | None = None,
 ) -> int:
     """Bytes of temporaries and results of the largest step, two of which may be under way.
 
@@ -66,7 +68,7 @@ def measure_step_bytes(
     # Shapes stand for arrays, which the types do not know.
     pool: Any = (jax.ShapeDtypeStruct((PAGES, view.kv.rows_per_page, 128), dtype),) * LAYERS
     sampled: Any = jax.ShapeDtypeStruct((max_num_seqs,), jnp.int32)
-    forward = WholeForward(short, view, compiler_options(device.platform))
+    forward = WholeForward(short, view, compiler_options(device.platform), traces)
     lowered = forward.lower(pool, sampled, pack(batch))
 
     head_of, weights = over_leaves(model)

@@ -96,8 +96,9 @@ class LLM:
         self._dtype = _choose_dtype(config, self._device)
         self._host = HostMemory.of(self._device)
         mesh = single_device_mesh(self._device)
+        self._traces = None
         if config.compilation_cache and self._device.platform != "cpu":
-            loading.keep_compiled_programs()
+            self._traces = loading.keep_compiled_programs()
         if config.load == "dummy":
             self._loaded = loading.dummy_model(model, dtype=self._dtype, mesh=mesh)
         else:
@@ -166,6 +167,7 @@ class LLM:
                 prefill_tile=tile,
                 max_prefill_tokens=prefill_tokens,
                 max_model_len=max_model_len,
+                traces=self._traces,
             )
         except jax.errors.JaxRuntimeError as error:
             raise ConfigError(
@@ -205,6 +207,7 @@ class LLM:
             prefill_tile=tile,
             max_prefill_tokens=prefill_tokens,
             max_model_len=config.max_model_len or model.config.max_position_embeddings,
+            traces=self._traces,
         )
         limit, used = memory["bytes_limit"], memory.get("bytes_in_use", 0)
         left = int(config.memory_fraction * limit) - used - step

@@ -54,6 +54,7 @@ from slora_jax.sampling import (
 )
 from slora_jax.scheduler import Chunk, SchedulerOutput
 from slora_jax.sharding import named_sharding
+from slora_jax.trace_store import TraceStore
 from slora_jax.transfer import Packed, pack, unpack
 
 RoundUp = Callable[[tuple[int, ...]], tuple[int, ...]]
@@ -248,12 +249,13 @@ class ModelRunner:
         prefill_tile: int,
         max_prefill_tokens: int,
         max_model_len: int,
+        traces: TraceStore | None = None,
     ):
         self.view = view
         self.max_num_seqs = max_num_seqs
         self.prefill_tile = prefill_tile
         self.max_prefill_tokens = max_prefill_tokens
-        self._forward = make_forward(model, view, mesh.devices.flat[0].platform)
+        self._forward = make_forward(model, view, mesh.devices.flat[0].platform, traces)
         head_of, self._weights = over_leaves(model)
         self.pool: Pool = allocate_pool(
             model.config.num_layers,
