@@ -22,6 +22,7 @@ from slora_jax.models.llama import Llama, PoolView
 from slora_jax.sampling import Penalties, Randomness, SamplingBatch, Truncation
 from slora_jax.scheduler import SchedulerOutput
 from slora_jax.sharding import named_sharding
+from slora_jax.trace_store import TraceStore
 from slora_jax.transfer import pack
 
 LAYERS = 2
@@ -44,6 +45,7 @@ def measure_step_bytes(
     prefill_tile: int,
     max_prefill_tokens: int,
     max_model_len: int,
+    traces: TraceStore | None = None,
 ) -> int:
     """Bytes of temporaries and results of the largest step on one device; two may be under way.
 
@@ -74,7 +76,8 @@ def measure_step_bytes(
     pool_shape = (PAGES, mesh.size * view.kv.rows_per_page, 128)
     pool = (abstract(pool_shape, dtype, "pages", "page_rows", "lanes"),) * LAYERS
     sampled = abstract((max_num_seqs,), jnp.int32)
-    forward = WholeForward(short, view, mesh, compiler_options(mesh.devices.flat[0].platform))
+    options = compiler_options(mesh.devices.flat[0].platform)
+    forward = WholeForward(short, view, mesh, options, traces)
     lowered = forward.lower(pool, sampled, pack(batch))
 
     _, weights = over_leaves(model)

@@ -23,6 +23,7 @@ from slora_jax.batch import ForwardBatch
 from slora_jax.models.llama import Llama, PoolView, StepContext
 from slora_jax.page_pool import Pool
 from slora_jax.sharding import on_each_device, partition_spec, replicate, specs_of
+from slora_jax.trace_store import TraceStore, exported
 from slora_jax.transfer import Packed, unpack
 
 Weights = tuple[jax.Array, ...]
@@ -62,12 +63,12 @@ class Hidden(NamedTuple):
     """[most requests at once, hidden]: the rows ``ForwardBatch.ending_row`` of ``all``."""
 
 
-def make_forward(model: Llama, view: PoolView, mesh: Mesh) -> Forward:
+def make_forward(model: Llama, view: PoolView, mesh: Mesh, traces: TraceStore | None) -> Forward:
     """The form that suits the platform of the devices."""
     platform = mesh.devices.flat[0].platform
     if platform == "cpu":
         return LayeredForward(model, view, mesh)
-    return WholeForward(model, view, mesh, compiler_options(platform))
+    return WholeForward(model, view, mesh, compiler_options(platform), traces)
 
 
 def compiler_options(platform: str) -> dict[str, bool]:
@@ -87,24 +88,60 @@ class Programs:
     the first call.
     """
 
-    def __init__(self, function: Callable[..., Any], **options: Any):
-        """``function(…, packed, **static)``; ``options`` are ``jax.jit``'s."""
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        traces: TraceStore | None = None,
+        made_from: object = None,
+        **options: Any,
+    ):
+        """``function(…, packed, **static)``; ``options`` are ``jax.jit``'s.
+
+        With ``traces``, what was traced before is not traced again; the other arguments and the
+        results must then be plain tuples of arrays, and the ``repr`` of ``made_from``, of the
+        shapes and of ``static`` must say all that the function depends on.
+        """
+        self._function, self._options = function, options
         self._jitted = jax.jit(function, **options)
         self._compiled: dict[Any, Any] = {}
+        self._traces, self._made_from = traces, made_from
 
     def lower(self, *args: Any, **static: Any) -> Callable[[], Any]:
         """A function that compiles for these arguments, which may be called in any thread.
 
         It returns the program (``jax.stages.Compiled``).
         """
-        lowered = self._jitted.lower(*args, **static)
         key = _key(args, static)
+        jitted = self._jitted
+        if self._traces is not None:
+            jitted, static = self._traced(self._traces, args, static), {}
+        lowered = jitted.lower(*args, **static)
 
         def compile_() -> Any:
             self._compiled[key] = lowered.compile()
             return self._compiled[key]
 
         return compile_
+
+    def _traced(self, traces: TraceStore, args: tuple[Any, ...], static: dict[str, Any]) -> Any:
+        """The jitted function for ``args`` alone, read from disk or kept there."""
+        *arrays, packed = args
+
+        def function(*flat: Any) -> Any:
+            return self._function(*flat[:-1], Packed(flat[-1], packed.spec), **static)
+
+        plain = (*arrays, packed.words)
+        shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), plain)
+        program = traces.load_or_make(
+            (self._made_from, _key(args, static), shapes),
+            lambda: exported(function, plain, self._options["donate_argnums"]),
+        )
+
+        def call(*args: Any) -> Any:
+            return program.call(*args[:-1], args[-1].words)
+
+        return jax.jit(call, **self._options)
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         """What the function returns."""
@@ -124,27 +161,38 @@ def _key(args: tuple[Any, ...], static: Mapping[str, Any]) -> Any:
 class WholeForward:
     """The step as one program a size."""
 
-    def __init__(self, model: Llama, view: PoolView, mesh: Mesh, options: Mapping[str, bool]):
-        """``options``: the compiler's."""
+    def __init__(
+        self,
+        model: Llama,
+        view: PoolView,
+        mesh: Mesh,
+        options: Mapping[str, bool],
+        traces: TraceStore | None = None,
+    ):
+        """``options``: the compiler's; ``traces`` keeps what was traced for a later start, of
+        programs for one device."""
         call, self._weights = over_leaves(model)
 
         def forward(
             weights: Weights, pool: Pool, sampled: jax.Array, packed: Packed
-        ) -> tuple[Hidden, Pool]:
+        ) -> tuple[jax.Array, jax.Array, Pool]:
             batch = _receive(packed, sampled)
             hidden, pool = call(weights)(batch, pool, view)
-            return Hidden(hidden, hidden[batch.ending_row]), pool
+            return hidden, hidden[batch.ending_row], pool
 
         specs = (specs_of(self._weights, mesh), POOL_SPEC, SAME, SAME)
         self._programs = Programs(
-            on_each_device(forward, mesh, specs, (SAME, POOL_SPEC)),
+            on_each_device(forward, mesh, specs, (SAME, SAME, POOL_SPEC)),
             donate_argnums=1,
             compiler_options=dict(options),
+            traces=traces if mesh.size == 1 else None,
+            made_from=(model.config, view),
         )
 
     def __call__(self, pool: Pool, sampled: jax.Array, batch: Packed) -> tuple[Hidden, Pool]:
         """See ``Forward``."""
-        return self._programs(self._weights, pool, sampled, batch)
+        hidden, ending, pool = self._programs(self._weights, pool, sampled, batch)
+        return Hidden(hidden, ending), pool
 
     def lower(self, pool: Pool, sampled: jax.Array, batch: Packed) -> Callable[[], Any]:
         """See ``Forward``."""

@@ -102,8 +102,9 @@ class LLM:
         self._device = mesh.local_devices[0]
         self._dtype = _choose_dtype(config, self._device)
         self._host = HostMemory.of(mesh)
+        self._traces = None
         if config.compilation_cache and self._device.platform != "cpu":
-            loading.keep_compiled_programs()
+            self._traces = loading.keep_compiled_programs()
         if config.load == "dummy":
             self._loaded = loading.dummy_model(model, dtype=self._dtype, mesh=mesh)
         else:
@@ -169,6 +170,7 @@ class LLM:
                 prefill_tile=tile,
                 max_prefill_tokens=prefill_tokens,
                 max_model_len=max_model_len,
+                traces=self._traces,
             )
         except jax.errors.JaxRuntimeError as error:
             raise ConfigError(
@@ -209,6 +211,7 @@ class LLM:
             prefill_tile=tile,
             max_prefill_tokens=prefill_tokens,
             max_model_len=config.max_model_len or model.config.max_position_embeddings,
+            traces=self._traces,
         )
         limit = min(memory["bytes_limit"] for memory in memories)
         used = max(memory.get("bytes_in_use", 0) for memory in memories)

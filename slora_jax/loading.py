@@ -37,6 +37,7 @@ from slora_jax.layers.rope import RopeScaling
 from slora_jax.models.llama import Llama, LlamaConfig
 from slora_jax.page_pool import HostMemory, run_lengths
 from slora_jax.sharding import MODEL_AXIS, named_sharding
+from slora_jax.trace_store import TraceStore
 
 if TYPE_CHECKING:
     from checkpoints.peft_lora import LoraAdapter
@@ -101,13 +102,20 @@ def load_model(
     )
 
 
-def keep_compiled_programs() -> None:
-    """Let JAX keep what it compiles in the user's cache folder, unless it was told of another."""
+def keep_compiled_programs() -> TraceStore | None:
+    """Let JAX keep what it compiles in the user's cache folder, unless it was told of another.
+
+    Returns where to keep what is traced, beside it; None where that cannot be.
+    """
     _require_own_checkpoints()
     from checkpoints import sources
 
     if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 (typed as unknown)
         jax.config.update("jax_compilation_cache_dir", str(sources.default_cache_dir() / "xla"))
+    folder = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009
+    if "://" in folder or not TraceStore.is_supported():
+        return None
+    return TraceStore(Path(folder, "slora-jax-traces"))
 
 
 def dummy_model(

@@ -59,6 +59,7 @@ from slora_jax.sampling import (
 )
 from slora_jax.scheduler import Chunk, SchedulerOutput
 from slora_jax.sharding import named_sharding, on_each_device, replicate, specs_of
+from slora_jax.trace_store import TraceStore
 from slora_jax.transfer import Packed, pack, unpack
 
 RoundUp = Callable[[tuple[int, ...]], tuple[int, ...]]
@@ -273,13 +274,14 @@ class ModelRunner:
         prefill_tile: int,
         max_prefill_tokens: int,
         max_model_len: int,
+        traces: TraceStore | None = None,
     ):
         self.view = view
         self.max_num_seqs = max_num_seqs
         self.prefill_tile = prefill_tile
         self.max_prefill_tokens = max_prefill_tokens
         self._mesh = mesh
-        self._forward = make_forward(model, view, mesh)
+        self._forward = make_forward(model, view, mesh, traces)
         head_of, self._weights = over_leaves(model)
         vocab_size, self._hidden_size = model.config.vocab_size, model.config.hidden_size
         self.pool: Pool = allocate_pool(

@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -273,7 +274,10 @@ def paged_attention(
         raise NotImplementedError(f"queries of {q.dtype} with a pool of {pool_layer.dtype}")
     # The copy engine moves whole groups of 8 rows.
     padding = ((0, 0), (0, -num_heads % 8), (0, layout.padded_head_dim - head_dim))
-    q = jnp.pad(q, padding)
+    # A tile must start at a multiple of 8 tokens, too.
+    num_decode = len(work.rows)
+    gap = -num_decode % 8 if len(work.tiles) else 0
+    q = _with_gap(jnp.pad(q, padding), num_decode, gap)
     out_ref = jax.new_ref(jnp.empty(q.shape, q.dtype))
     static = {"layout": layout, "num_heads": num_heads, "scale": scale * LOG2_E}
     if len(work.rows):
@@ -282,7 +286,15 @@ def paged_attention(
             _merge(partial, lse, work, out_ref)
     if len(work.tiles):
         _prefill(q, pool_layer, work, out_ref, **static)
-    return jax.freeze(out_ref)[:, :num_heads, :head_dim]
+    out = jax.freeze(out_ref)[:, :num_heads, :head_dim]
+    return jnp.concatenate([out[:num_decode], out[num_decode + gap :]]) if gap else out
+
+
+def _with_gap(q: jax.Array, at: int, gap: int) -> jax.Array:
+    """``q`` with ``gap`` rows of zeros before row ``at``."""
+    if not gap:
+        return q
+    return jnp.concatenate([q[:at], jnp.zeros((gap, *q.shape[1:]), q.dtype), q[at:]])
 
 
 def _decode(
@@ -301,8 +313,7 @@ def _decode(
     num_kv_heads = layout.num_kv_heads
     group = num_heads // num_kv_heads
     page_rows = layout.page_size * num_kv_heads
-    box = math.gcd(ROWS, page_rows)
-    boxes = ROWS // box
+    boxes = ROWS // math.gcd(ROWS, page_rows)
     num_pages = work.num_pages
 
     def body(
@@ -350,30 +361,15 @@ def _decode(
                 )
 
                 def load_block(block, _):
-                    ring = done + (block - first)
-                    slot = pair * STAGES + lax.rem(ring, STAGES)
-                    for part, (smem, full, empty) in enumerate(
-                        ((k_smem, k_full, k_empty), (v_smem, v_full, v_empty))
-                    ):
-
-                        @pl.when(ring >= STAGES)
-                        def _(empty=empty):
-                            plgpu.barrier_wait(empty.at[slot])
-
-                        for j in range(boxes):
-                            at = block * ROWS + j * box
-                            number = jnp.minimum(lax.div(at, page_rows), num_pages - 1)
-                            page = pages_ref[row * num_pages + number]
-                            offset = pl.multiple_of(lax.rem(at, page_rows), box)
-                            if dim == LANES:
-                                offset, lane = offset + part * page_rows, 0
-                            else:
-                                lane = part * dim
-                            plgpu.copy_gmem_to_smem(
-                                pool_ref.at[page, pl.ds(offset, box), pl.ds(lane, dim)],
-                                smem.at[slot, pl.ds(j * box, box)],
-                                full.at[slot],
-                            )
+                    _load_block(
+                        block * ROWS,
+                        lambda number: pages_ref[row * num_pages + number],
+                        lambda page, rows, lanes: pool_ref.at[page, rows, lanes],
+                        ((k_smem, k_full, k_empty), (v_smem, v_full, v_empty)),
+                        (pair * STAGES, STAGES, done + (block - first)),
+                        page_rows=page_rows,
+                        num_pages=num_pages,
+                    )
                     return _
 
                 lax.fori_loop(first, end, load_block, None)
@@ -531,9 +527,9 @@ def _prefill(
     dim = q.shape[2]
     num_kv_heads, page_size = layout.num_kv_heads, layout.page_size
     group = num_heads // num_kv_heads
-    box = math.gcd(KEYS, page_size)
-    boxes = KEYS // box
+    boxes = KEYS // math.gcd(KEYS, page_size)
     num_pages, num_decode = work.num_pages, len(work.rows)
+    first_token = num_decode + -num_decode % 8
     half = TILE // 2
 
     def body(pages_ref, tiles_ref, q_ref, pool_ref, out_ref, scratch):
@@ -551,29 +547,15 @@ def _prefill(
             kv_head = lax.div(head, group)
 
             def load_block(block, _):
-                slot = lax.rem(block, KEY_STAGES)
-                for part, (smem, full, empty) in enumerate(
-                    ((k_smem, k_full, k_empty), (v_smem, v_full, v_empty))
-                ):
-
-                    @pl.when(block >= KEY_STAGES)
-                    def _(empty=empty):
-                        plgpu.barrier_wait(empty.at[slot])
-
-                    for j in range(boxes):
-                        at = block * KEYS + j * box
-                        page_number = jnp.minimum(lax.div(at, page_size), num_pages - 1)
-                        page = pages_ref[row * num_pages + page_number]
-                        offset = pl.multiple_of(lax.rem(at, page_size), box)
-                        if dim == LANES:
-                            offset, lane = offset + part * page_size, 0
-                        else:
-                            lane = part * dim
-                        plgpu.copy_gmem_to_smem(
-                            pool_ref.at[page, pl.ds(offset, box), kv_head, pl.ds(lane, dim)],
-                            smem.at[slot, pl.ds(j * box, box)],
-                            full.at[slot],
-                        )
+                _load_block(
+                    block * KEYS,
+                    lambda number: pages_ref[row * num_pages + number],
+                    lambda page, rows, lanes: pool_ref.at[page, rows, kv_head, lanes],
+                    ((k_smem, k_full, k_empty), (v_smem, v_full, v_empty)),
+                    (0, KEY_STAGES, block),
+                    page_rows=page_size,
+                    num_pages=num_pages,
+                )
                 return _
 
             lax.fori_loop(0, blocks, load_block, None)
@@ -583,7 +565,7 @@ def _prefill(
         @pl.when(jnp.logical_and(thread < 2, units > 0))
         def _compute():
             plgpu.set_max_registers(232, action="increase")
-            first = num_decode + number * UNIT + thread * half
+            first = first_token + number * UNIT + thread * half
             position = start + thread * half
             own_units = units - thread * (half // UNIT)
             q_tile = q_smem.at[thread]
@@ -690,6 +672,47 @@ def _prefill(
         scratch_types={"scratch": scratch},
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(work.pages, work.tiles, q, pages, out_ref)
+
+
+def _load_block(
+    first: jax.Array,
+    page_of: Callable[[jax.Array], jax.Array],
+    source: Callable[[jax.Array, Any, Any], Any],
+    parts: tuple[tuple[Any, Any, Any], ...],
+    place: tuple[jax.Array | int, int, jax.Array],
+    *,
+    page_rows: int,
+    num_pages: int,
+) -> None:
+    """Start the copies of a block of K, and of V, page by page, once its slot is free.
+
+    ``first``: the block's first row of its sequence's; ``page_of(number)``: the id of a page of the
+    sequence; ``source(page, rows, lanes)``: what to copy; ``parts``: shared memory, full and empty
+    barriers, of K and of V; ``place``: the ring's first slot, its depth, the block's number in it;
+    ``page_rows``: rows of K in a page.
+    """
+    start, depth, number = place
+    slot = start + lax.rem(number, depth)
+    rows, dim = parts[0][0].shape[1:]
+    box = math.gcd(rows, page_rows)
+    # Before the waits, which hide how long it takes to read the ids.
+    of_boxes = [lax.div(first + at, page_rows) for at in range(0, rows, box)]
+    pages = [page_of(jnp.minimum(page_number, num_pages - 1)) for page_number in of_boxes]
+    for part, (smem, full, empty) in enumerate(parts):
+
+        @pl.when(number >= depth)
+        def _(empty=empty):
+            plgpu.barrier_wait(empty.at[slot])
+
+        for at, page in zip(range(0, rows, box), pages, strict=True):
+            row, lane = pl.multiple_of(lax.rem(first + at, page_rows), box), part * dim
+            if dim == LANES:
+                row, lane = row + part * page_rows, 0
+            plgpu.copy_gmem_to_smem(
+                source(page, pl.ds(row, box), pl.ds(lane, dim)),
+                smem.at[slot, pl.ds(at, box)],
+                full.at[slot],
+            )
 
 
 def _drain(empty: Any, ring: Any, count: jax.Array, depth: int) -> None:

@@ -76,10 +76,11 @@ def make_batch(
     index: np.ndarray,
     ranks: tuple[int, ...],
     targets: tuple[str, ...] = TARGETS,
+    rank_bucket: int = 0,
 ) -> tuple[LoraBatch, int]:
     """A step of adapters of these ranks over shuffled pages; also the number of pages it owns."""
     of_targets = [tuple(rank if name in targets else 0 for name in TARGETS) for rank in ranks]
-    bucket = sum(map(stored_rank, ranks))
+    bucket = rank_bucket or sum(map(stored_rank, ranks))
     rows, page_ids = lora_bucket_sizes(bucket, layout)
     counts = [layout.num_pages(r) for r in of_targets]
     pages = np.zeros(page_ids, np.int32)
@@ -249,35 +250,37 @@ def gpu_main(names: list[str], implementations: list[str]) -> None:
     us = us_a_call(lambda ys: base(ys, x, weights), ys, LAYERS)
     line = {**header, "step": "base qkv matmul of 4096 tokens", "us": round(us, 1)}
     print(json.dumps(line), flush=True)
-    for name in names:
-        index, ranks = GPU_STEPS[name]
-        batch, num_pages = make_batch(layout, LAYERS, index, ranks, group)
-        pools = [
-            0.02 * jax.random.normal(key, (num_pages + 1, LLAMA_7B.rows_per_page, LANES), dtype)
-            for key in jax.random.split(jax.random.key(0), LAYERS)
-        ]
-        used = [ranks[row - 1] for row in set(index.tolist()) - {0}]
-        num_bytes = sum(used) * 2 * LANES * 3 * 2 * (LLAMA_7B.hidden // LANES)
-        for implementation in implementations:
+    # One bucket, and pools that hold any step: those of the same number of tokens share a program.
+    bucket = max(sum(map(stored_rank, GPU_STEPS[name][1])) for name in names)
+    batches = {name: make_batch(layout, LAYERS, *GPU_STEPS[name], group, bucket) for name in names}
+    num_pages = 1 + max(owned for _, owned in batches.values())
+    pools = [
+        0.02 * jax.random.normal(key, (num_pages, LLAMA_7B.rows_per_page, LANES), dtype)
+        for key in jax.random.split(jax.random.key(0), LAYERS)
+    ]
 
-            @functools.partial(jax.jit, donate_argnums=0)
-            def step(y, x, pools, plan):
-                for _ in range(REPEATS):
-                    for layer, pool in enumerate(pools):
-                        y = api.paged_lora(
-                            y, x, pool, plan, layer=layer, group=group, layout=layout
-                        )
-                return y
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(y: jax.Array, x: jax.Array, pools: list[jax.Array], plan: Any) -> jax.Array:
+        for _ in range(REPEATS):
+            for layer, pool in enumerate(pools):
+                y = api.paged_lora(y, x, pool, plan, layer=layer, group=group, layout=layout)
+        return y
 
-            plan = jax.jit(
-                functools.partial(api.prepare, layout=layout, implementation=implementation)
-            )(batch)
+    for implementation in implementations:
+        prepare = jax.jit(
+            functools.partial(api.prepare, layout=layout, implementation=implementation)
+        )
+        for name in names:
+            index, ranks = GPU_STEPS[name]
+            plan = prepare(batches[name][0])
             few = jax.random.normal(jax.random.key(3), (len(index), LLAMA_7B.hidden), dtype)
             us = us_a_call(
                 lambda y: step(y, few, pools, plan),  # noqa: B023
                 jnp.zeros((len(index), 3 * LLAMA_7B.hidden), dtype),
                 REPEATS * LAYERS,
             )
+            used = [ranks[row - 1] for row in set(index.tolist()) - {0}]
+            num_bytes = sum(used) * 2 * LANES * 3 * 2 * (LLAMA_7B.hidden // LANES)
             line = {
                 **header,
                 "step": name,

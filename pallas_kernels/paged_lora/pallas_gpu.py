@@ -383,17 +383,24 @@ def _decode(
             def copy_chunk(item, first_row, rows, chunk, sent):
                 slot = lax.rem(sent, stages)
 
+                def place(first):
+                    """(page, row in it) of the box of the chunk's rows from ``first`` on."""
+                    # Past the segment its last box again: finite, and of no consequence.
+                    box = jnp.minimum(chunk * BOXES + first // BOX, _ceil_div(rows, BOX) - 1)
+                    row = first_row + box * BOX
+                    page = pages[item.pages + lax.div(row, rows_per_page)]
+                    return page, pl.multiple_of(lax.rem(row, rows_per_page), BOX)
+
+                # Before the wait, which hides how long it takes to read a page's id.
+                places = {first: place(first) for first in range(0, CHUNK, BOX)}
+
                 @pl.when(sent >= stages)
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
                 def copy(first, length):
                     """Rows of the chunk from ``first`` on, all in one page."""
-                    # Past the segment its last box again: finite, and of no consequence.
-                    box = jnp.minimum(chunk * BOXES + first // BOX, _ceil_div(rows, BOX) - 1)
-                    row = first_row + box * BOX
-                    page = pages[item.pages + lax.div(row, rows_per_page)]
-                    at = pl.multiple_of(lax.rem(row, rows_per_page), BOX)
+                    page, at = places[first]
                     plgpu.copy_gmem_to_smem(
                         pool.at[page, pl.ds(at, length)],
                         ring.at[slot, pl.ds(first, length)],
@@ -412,7 +419,7 @@ def _decode(
 
                 @pl.when(~whole)
                 def _():
-                    for first in range(0, CHUNK, BOX):
+                    for first in places:
                         copy(first, BOX)
 
                 return sent + 1

@@ -21,7 +21,7 @@ def test_random_steps_compile_nothing_after_warming_up(tiny):
         engine = llm.engine
         runner = engine._runner
         # What kernels get: the step as one program, in few sizes.
-        runner._forward = WholeForward(llm._loaded.model, runner.view, {})
+        runner._forward = WholeForward(llm._loaded.model, runner.view, llm._mesh, {})
         runner._steps, runner._samples = step_buckets("gpu", 6, 4, 8), row_buckets("gpu", 6)
         llm.warm_up()
         ready = llm.stats().compiles

@@ -201,12 +201,14 @@ MODELS = {
 
 
 @needs_gpu_compiler
-@pytest.mark.parametrize("model", MODELS)
-def test_compiles_for_hopper_in_place(model):
+@pytest.mark.parametrize(
+    ("model", "decode"), [*((model, 64) for model in MODELS), ("llama-3.1-8b", 3)]
+)
+def test_compiles_for_hopper_in_place(model, decode):
     """A mixed step of one layer: the write, decode and prefill; the pool is not copied."""
     heads, kv_heads, head_dim, page_size = MODELS[model]
     layout = KVLayout(kv_heads, head_dim, page_size)
-    decode, tiles, tile, pages = 64, 4, 128, 4096 // page_size
+    tiles, tile, pages = 4, 128, 4096 // page_size
     tokens = decode + tiles * tile
     struct = jax.ShapeDtypeStruct
     batch = AttentionBatch(
