@@ -12,6 +12,7 @@ And random weights in the shapes of S-LoRA's settings, for GPUs:
     python examples/benchmark_serving.py --setting S1 --workload offline --adapters 0 100 1000
     python examples/benchmark_serving.py --setting S1 --workload trace --rate 10 --duration 30 \
         --adapters 5 2000
+    python examples/benchmark_serving.py --setting S4 --tensor-parallel 2 --adapters 0 64
 
 Several numbers of adapters are served one after the other by one engine. All sizes of steps are
 compiled first; each workload is run once to warm up, then `--runs` times, and the fastest is
@@ -231,6 +232,8 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "max_num_batched_tokens": args.max_num_batched_tokens,
         "max_model_len": args.max_model_len,
         "pool_bytes": args.pool_bytes,
+        "tensor_parallel": args.tensor_parallel,
+        "lora_partition": args.lora_partition,
     }
 
 
@@ -293,7 +296,9 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--max-model-len", type=int)
-    parser.add_argument("--pool-bytes", type=int)
+    parser.add_argument("--pool-bytes", type=int, help="on each device")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="devices to use")
+    parser.add_argument("--lora-partition", choices=["no_extra_collectives", "s_lora"])
     parser.add_argument("--json", type=Path, help="append a JSON line a row here")
     args = parser.parse_args()
     if args.requests is None:
@@ -314,7 +319,8 @@ def main() -> None:
     print(f"{about}\n{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}")
     roof = measure_read_roof()
     if roof is not None:
-        print(f"read roof: {roof / 1e12:.2f} TB/s")
+        roof *= args.tensor_parallel
+        print(f"read roof of the devices together: {roof / 1e12:.2f} TB/s")
     with source as (llm, names):
         for count in args.adapters:
             requests = make_requests(args, count, llm.vocab_size)

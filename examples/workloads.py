@@ -30,6 +30,7 @@ SETTINGS = {
     "S3": Setting("llama-13b", (16,), ATTENTION),
     "S4": Setting("llama-13b", (64, 32, 16), ATTENTION),
     "G1": Setting("llama-3.1-8b", (16,), ALL_LINEAR),
+    "G2": Setting("llama-3.1-70b", (64,), ATTENTION),  # S6, but for the real model's KV heads
 }
 
 

@@ -9,6 +9,7 @@ from slora_jax.errors import AdapterNotFoundError as AdapterNotFoundError
 from slora_jax.errors import CapacityError as CapacityError
 from slora_jax.errors import ConfigError as ConfigError
 from slora_jax.errors import EngineClosedError as EngineClosedError
+from slora_jax.errors import HostLostError as HostLostError
 from slora_jax.errors import InvalidRequestError as InvalidRequestError
 from slora_jax.errors import ModelLoadError as ModelLoadError
 from slora_jax.errors import RequestFailedError as RequestFailedError
@@ -36,6 +37,7 @@ __all__ = [
     "EngineClosedError",
     "EngineConfig",
     "EngineStats",
+    "HostLostError",
     "InvalidRequestError",
     "Logprob",
     "ModelLoadError",

@@ -21,6 +21,7 @@ PUBLIC_NAMES = [
     "EngineClosedError",
     "EngineConfig",
     "EngineStats",
+    "HostLostError",
     "InvalidRequestError",
     "Logprob",
     "ModelLoadError",

@@ -25,20 +25,21 @@ needs_gpu_compiler = pytest.mark.skipif(
 
 
 @functools.cache
-def _mesh():
+def gpu_mesh(count=1):
+    """``count`` H100s of one host, along an axis "model"."""
     # Without a driver the plugin's check of the CUDA libraries cannot pass.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
         target_config=TARGET.read_text(),
-        topology="1x1x1",
+        topology=f"1x1x{count}",
     )
-    return topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+    return topologies.make_mesh(topo=topology, mesh_shape=(count,), axis_names=("model",))
 
 
 def gpu_compile(fn, args, donate=()):
     """``fn`` compiled for one H100; ``args``: a pytree of ShapeDtypeStruct."""
-    sharding = NamedSharding(_mesh(), PartitionSpec())
+    sharding = NamedSharding(gpu_mesh(), PartitionSpec())
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     return jax.jit(fn, donate_argnums=donate).lower(*args).compile()

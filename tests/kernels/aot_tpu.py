@@ -19,11 +19,16 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 
 
 @functools.cache
-def device(chip):
-    """One device of a described topology; its ``device_kind`` is the real one's."""
+def devices(topology):
+    """All devices of a described topology, such as "v6e:2x4"."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(topology_name=TOPOLOGIES[chip], platform="tpu").devices[0]
+    return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+
+
+def device(chip):
+    """One device of a described topology; its ``device_kind`` is the real one's."""
+    return devices(TOPOLOGIES[chip])[0]
 
 
 def tpu_compile(fn, args, donate=(), *, chip="v6e"):
