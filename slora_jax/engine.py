@@ -291,6 +291,7 @@ class Engine:
         except BaseException as error:
             # The pool was donated to the call that failed: nothing in it can be relied on.
             self._closed_because = f"a device step failed: {error!r}"
+            self.journal.explain(error)
             raise
         finally:
             self._is_stepping = False

@@ -60,6 +60,9 @@ class Alone:
     def record(self, name: str, args: tuple[Any, ...], state: State) -> None:
         """Nothing."""
 
+    def explain(self, error: BaseException) -> None:
+        """Nothing."""
+
     def close(self) -> None:
         """Nothing."""
 
@@ -93,12 +96,17 @@ class Leader:
         """
         self._watch.check()
         self._now = time.monotonic()
+        if name == "close":
+            self._watch.stop()
         for connection in self._followers:
             try:
                 connection.send(Call(name, args, self._now, state))
-            except OSError:  # its watch says which
-                self._watch.wait_for_loss()
-                self._watch.check()
+            except OSError as error:
+                self._watch.explain(error)
+
+    def explain(self, error: BaseException) -> None:
+        """Raise HostLostError where a step failed because another process is gone."""
+        self._watch.explain(error)
 
     def close(self) -> None:
         """The last call has been recorded."""
@@ -151,8 +159,6 @@ class Follower:
                             f"{call.name}(), process 0 in {call.state}: do both read the same "
                             "model and adapters?"
                         )
-                    if call.name == "close":
-                        self._watch.stop()
                     yield call
                     if call.name == "close":
                         return
@@ -160,6 +166,10 @@ class Follower:
                 self._watch.check()
         finally:
             self._is_following = False
+
+    def explain(self, error: BaseException) -> None:
+        """Raise HostLostError where a step failed because another process is gone."""
+        self._watch.explain(error)
 
     def close(self) -> None:
         """Leave."""
@@ -197,6 +207,8 @@ class _Watch:
                     message = connection.recv()
                     if receive is not None:
                         receive(message)
+                    if isinstance(message, Call) and message.name == "close":
+                        self.stop()
             except (EOFError, OSError):
                 if not self._stopped.is_set():
                     self._on_loss(who)
@@ -204,9 +216,6 @@ class _Watch:
         threading.Thread(target=run, daemon=True, name=f"watch {who}").start()
 
     def _on_loss(self, who: str) -> None:
-        # A last message ("close") may still be on its way to the main thread.
-        if self._stopped.wait(0.2):
-            return
         self._who = who
         self._lost.set()
         print(
@@ -219,9 +228,10 @@ class _Watch:
             # The main thread may wait in a collective that never ends, or in JAX's own shutdown.
             os._exit(1)
 
-    def wait_for_loss(self) -> None:
-        """Until the thread of a broken connection has said so."""
-        self._lost.wait(GRACE)
+    def explain(self, error: BaseException) -> None:
+        """Raise HostLostError from ``error`` where a process is gone, or is found to be shortly."""
+        if self._lost.wait(1.0):
+            raise HostLostError(f"{self._who} is gone: start all processes again") from error
 
     def check(self) -> None:
         """Raise HostLostError where a process is gone."""

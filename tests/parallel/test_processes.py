@@ -96,5 +96,7 @@ def test_when_one_dies_the_other_says_so_and_ends(two, victim):
     code, errors = processes[1 - victim].end()
     assert time.monotonic() - began < GRACE + 20
     assert code != 0
-    assert f"process {victim} on host" in errors
+    assert f"process {victim} on host" in errors, errors
     assert "is gone" in errors
+    if victim:  # where process 0 dies, JAX may end the other before it can raise
+        assert "HostLostError" in errors
