@@ -2,6 +2,7 @@
 
 from slora_jax.adapter_store import AdapterInfo as AdapterInfo
 from slora_jax.config import EngineConfig as EngineConfig
+from slora_jax.data_parallel import DataParallelLLM as DataParallelLLM
 from slora_jax.errors import AdapterError as AdapterError
 from slora_jax.errors import AdapterInUseError as AdapterInUseError
 from slora_jax.errors import AdapterLoadError as AdapterLoadError
@@ -34,6 +35,7 @@ __all__ = [
     "CapacityError",
     "CompletionOutput",
     "ConfigError",
+    "DataParallelLLM",
     "EngineClosedError",
     "EngineConfig",
     "EngineStats",

@@ -97,7 +97,7 @@ class LLM:
         progress: bool = True,
         **options: Any,
     ):
-        config = _engine_config(config, options)
+        config = engine_config(config, options)
         self._mesh = mesh = _choose_mesh(config, mesh)
         self._device = mesh.local_devices[0]
         self._dtype = _choose_dtype(config, self._device)
@@ -253,7 +253,7 @@ class LLM:
             RequestFailedError: an accepted request could not be finished; its ``outputs`` has them
                 all, the finished ones included.
         """
-        return self._run(self._check(prompts, adapter_ids, sampling_params), progress)
+        return self._run(self.check(prompts, adapter_ids, sampling_params), progress)
 
     def chat(
         self,
@@ -273,7 +273,7 @@ class LLM:
             for conversation in _conversations(messages)
         ]
         return self._run(
-            self._check(prompts, adapter_ids, sampling_params, special_tokens=False), progress
+            self.check(prompts, adapter_ids, sampling_params, special_tokens=False), progress
         )
 
     def stream(
@@ -288,7 +288,7 @@ class LLM:
         Arguments are checked at once; requests are queued when iteration begins, and aborted when
         it is left early.
         """
-        checked = self._check(prompts, adapter_ids, sampling_params)
+        checked = self.check(prompts, adapter_ids, sampling_params)
         one_each = [
             (text, token_ids, dataclasses.replace(params, n=1, seed=0), adapter_id)
             for text, token_ids, params, adapter_id in checked
@@ -542,7 +542,7 @@ class LLM:
 
     # -- checking arguments -----------------------------------------------------------------------
 
-    def _check(
+    def check(
         self,
         prompts: Any,
         adapter_ids: Any,
@@ -556,10 +556,10 @@ class LLM:
             raise InvalidRequestError(
                 "the second argument is adapter_ids: pass sampling_params by name"
             )
-        prompts = _prompt_list(prompts)
-        adapters = [_adapter_id(a) for a in _spread("adapter_ids", adapter_ids, len(prompts))]
+        prompts = prompt_list(prompts)
+        adapters = [_adapter_id(a) for a in spread("adapter_ids", adapter_ids, len(prompts))]
         params = [
-            _sampling_params(p) for p in _spread("sampling_params", sampling_params, len(prompts))
+            _sampling_params(p) for p in spread("sampling_params", sampling_params, len(prompts))
         ]
         with self._lock:
             for adapter_id in adapters:
@@ -587,7 +587,8 @@ class LLM:
         return None, [int(token_id) for token_id in prompt]
 
 
-def _engine_config(config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:
+def engine_config(config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:
+    """``config`` with ``options`` in their places. ConfigError for what is none of its fields."""
     known = [field.name for field in dataclasses.fields(EngineConfig)]
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -616,7 +617,7 @@ def _choose_mesh(config: EngineConfig, mesh: jax.sharding.Mesh | None) -> jax.sh
     if mesh.size != size:
         raise ConfigError(
             f"mesh has {mesh.size} devices and only {size} of them along {MODEL_AXIS!r}: give a "
-            "mesh of that axis alone"
+            "mesh of that axis alone, or make a DataParallelLLM"
         )
     if not mesh.local_devices:
         raise ConfigError(f"none of mesh={_short(mesh)} are devices of this process")
@@ -707,7 +708,8 @@ def _max_model_len(config: EngineConfig, model_limit: int, pool_tokens: int) -> 
     return asked
 
 
-def _prompt_list(prompts: Any) -> list[Any]:
+def prompt_list(prompts: Any) -> list[Any]:
+    """One prompt or many as a list."""
     if isinstance(prompts, str) or (_is_token_ids(prompts) and len(prompts)):
         return [prompts]
     with contextlib.suppress(TypeError):
@@ -728,7 +730,7 @@ def _is_token_ids(value: Any) -> bool:
     )
 
 
-def _spread(name: str, value: Any, count: int) -> list[Any]:
+def spread(name: str, value: Any, count: int) -> list[Any]:
     """One value for all prompts, or a list with one for each."""
     if value is None or isinstance(value, str | SamplingParams | Mapping):
         return [value] * count

@@ -20,6 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 MODEL_AXIS = "model"
 """The mesh axis that tensor parallelism cuts a model over."""
 
+DATA_AXIS = "data"
+"""The mesh axis that copies of a model are spread over (``data_parallel``)."""
+
 MESH_AXES: dict[str, str | None] = {
     "embed": None,  # the residual stream is replicated
     "vocab": MODEL_AXIS,  # embedding rows and lm_head outputs

@@ -18,6 +18,7 @@ PUBLIC_NAMES = [
     "CapacityError",
     "CompletionOutput",
     "ConfigError",
+    "DataParallelLLM",
     "EngineClosedError",
     "EngineConfig",
     "EngineStats",
