@@ -86,7 +86,7 @@ class EngineStats:
     page_size: int
     """Tokens of KV a page holds."""
     page_bytes: int
-    """Device bytes of one page over all layers."""
+    """Device bytes of one page over all layers and devices."""
     adapters_registered: int
     adapters_resident: int
     adapters_pinned: int

@@ -87,7 +87,7 @@ def test_two_processes_give_the_tokens_of_one(two, gqa):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.full), 1])
 def test_when_one_dies_the_other_says_so_and_ends(two, victim):
     processes = two("die")
     processes[0].wait_for("served")

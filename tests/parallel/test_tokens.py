@@ -4,13 +4,15 @@ oracle: in roomy pools and in pools so small that adapters leave and requests ar
 import pytest
 
 from slora_jax import LLM, SamplingParams
+from slora_jax.forward_programs import WholeForward
+from slora_jax.model_runner import row_buckets, step_buckets
 from tests.serving import TinyModel, assert_only_idle_adapters_left, fresh_engine, random_prompts
 
 NUM_TOKENS = 12
 SEQS, TILE = 4, 8
 OPTIONS = {"max_num_seqs": SEQS, "prefill_tile": TILE, "max_num_batched_tokens": 2 * TILE}
 PROMPTS = random_prompts((3, 20, 33, 9, 14), seed=2)
-ADAPTER_IDS = ["all", "attention", "mlp", "qv", None]
+ADAPTER_IDS = ["all", None, "attention", "mlp", "qv"]
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 SAMPLED = [
     SamplingParams(temperature=0.8, seed=1, max_tokens=6, ignore_eos=True),
@@ -31,8 +33,8 @@ def serve(model: TinyModel, devices: int, scheme: str) -> LLM:
         **OPTIONS,
     )
     runner = llm.engine._runner
-    # Few programs: these serve any step.
-    runner._steps._compiled |= {(d, t, r) for d in (0, SEQS) for t in (0, 2) for r in (0, 64)}
+    # Few programs: these serve any step, for the base's request is never alone.
+    runner._steps._compiled |= {(0, 2, 64), (SEQS, 0, 64), (SEQS, 2, 64)}
     runner._samples._compiled.add((SEQS,))
     return llm
 
@@ -42,14 +44,24 @@ def tokens_of(llm: LLM, params) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def check(model: TinyModel, devices: int, scheme: str, params=None) -> list[list[int]]:
-    """Greedy tokens are the oracle's; returns those of ``params``."""
+def check(
+    model: TinyModel, devices: int, scheme: str, params=None, *, is_whole: bool = False
+) -> list[list[int]]:
+    """Greedy tokens are the oracle's; returns those of ``params``. ``is_whole``: by the form of
+    program that GPUs and TPUs get, compiled ahead."""
     expected = [
         model.greedy(prompt, adapter, NUM_TOKENS)
         for prompt, adapter in zip(PROMPTS, ADAPTER_IDS, strict=True)
     ]
     with serve(model, devices, scheme) as llm:
+        runner = llm.engine._runner
+        if is_whole:
+            runner._forward = WholeForward(llm._loaded.model, runner.view, llm._mesh, {})
+            runner._steps, runner._samples = step_buckets("gpu", 4, 2, TILE), row_buckets("gpu", 4)
+            llm.warm_up()
+            ready = llm.stats().compiles
         assert tokens_of(llm, GREEDY) == expected
+        assert not is_whole or llm.stats().compiles == ready
         others = [] if params is None else tokens_of(llm, params)
         assert_only_idle_adapters_left(llm)
         # As many pages as the largest adapter and one request need, and a few more.
@@ -59,7 +71,7 @@ def check(model: TinyModel, devices: int, scheme: str, params=None) -> list[list
             stats = tight.stats()
             assert stats.evictions > 0
             assert_only_idle_adapters_left(tight)
-        assert {array.sharding.num_devices for array in llm.engine._runner.pool} == {devices}
+        assert {array.sharding.num_devices for array in runner.pool} == {devices}
         return others
 
 
@@ -77,4 +89,4 @@ def test_devices_that_share_heads_sample_as_one_does(gqa):
 
 @pytest.mark.parametrize("scheme", ["no_extra_collectives", "s_lora"])
 def test_a_model_whose_every_head_has_its_own_keys(mha, scheme):
-    check(mha, 4, scheme)
+    check(mha, 4, scheme, is_whole=scheme == "no_extra_collectives")
