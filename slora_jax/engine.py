@@ -176,7 +176,7 @@ class Engine:
 
     def unregister_adapter(self, name: str) -> None:
         """New requests are refused at once; memory is freed when the last one that uses it ends."""
-        self._record("unregister_adapter", name)
+        self.record("unregister_adapter", name)
         self.store.unregister(name)
 
     def pin_adapter(self, name: str) -> None:
@@ -185,17 +185,17 @@ class Engine:
         Raises:
             CapacityError: pinned adapters would leave too little for requests that were accepted.
         """
-        self._record("pin_adapter", name)
+        self.record("pin_adapter", name)
         self.scheduler.pin_adapter(self.store.resolve(name))
 
     def unpin_adapter(self, name: str) -> None:
         """Let the adapter be evicted again when it is idle."""
-        self._record("unpin_adapter", name)
+        self.record("unpin_adapter", name)
         self.scheduler.unpin_adapter(self.store.resolve(name))
 
     def warm_up(self) -> None:
         """Compile for every size of step that the adapters known so far can need."""
-        self._record("warm_up")
+        self.record("warm_up")
         self._runner.warm_up([info.ranks for info in self.list_adapters()])
 
     # -- requests ---------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class Engine:
             InvalidRequestError: the prompt is empty, too long, or has ids outside the vocabulary.
             CapacityError: it can never fit in the pool.
         """
-        self._record("add_request", prompt_token_ids, params, adapter_id, prompt)
+        self.record("add_request", prompt_token_ids, params, adapter_id, prompt)
         prompt_ids = self._check_prompt(prompt_token_ids)
         version = self.adapter_version(adapter_id)
         generation = Generation(
@@ -248,7 +248,7 @@ class Engine:
         if self._is_stepping:
             self._abort_after_step.append(generation)
         elif self._closed_because is None and not generation.finished:
-            self._record("abort", generation.request_id)
+            self.record("abort", generation.request_id)
             self._abort(generation)
 
     def _abort(self, generation: Generation) -> None:
@@ -276,7 +276,7 @@ class Engine:
         tokens on by itself. A request's end is seen one step late, and what that step computed for
         it is dropped.
         """
-        self._record("step")
+        self.record("step")
         self._is_stepping = True
         try:
             output = self.scheduler.schedule()
@@ -442,7 +442,7 @@ class Engine:
         if self._closed_because is None:
             for generation, _ in list(self._running.values()):
                 self.abort(generation)
-            self._record("close")
+            self.record("close")
             self._closed_because = "close() was called"
         self.journal.close()
         self._runner.close()
@@ -454,9 +454,6 @@ class Engine:
 
         The engine notes its own; what its owner does in one, such as to load an adapter, it notes.
         """
-        self._record(name, *args)
-
-    def _record(self, name: str, *args: Any) -> None:
         self.check_open()
         self.journal.record(name, args, self._state())
 

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slora_jax.page_pool import RUN_AXES, SWAP_IN_PAGES, HostMemory, allocate_pool, swap_in
+from slora_jax.page_pool import (
+    RUN_AXES,
+    SWAP_IN_PAGES,
+    HostMemory,
+    _write_pages,
+    allocate_pool,
+    swap_in,
+)
 from slora_jax.sharding import model_mesh, named_sharding
 
 DEVICE = jax.devices()[0]
@@ -41,9 +48,11 @@ def test_each_device_gets_its_own_rows(kind):
     pages = np.random.default_rng(0).standard_normal((LAYERS, 3, 4 * ROWS, 128), np.float32)
     runs = HostMemory(pinned, (0, 1, 2, 3)).place(pages)
     sharding = named_sharding(mesh, ("pages", "page_rows", "lanes"))
-    pool = swap_in(
-        allocate_pool(LAYERS, (PAGES, 4 * ROWS, 128), jnp.float32, sharding), [5, 7, 2], runs
-    )
+    pool = allocate_pool(LAYERS, (PAGES, 4 * ROWS, 128), jnp.float32, sharding)
+    copied = jax.device_put(runs[0], named_sharding(mesh, RUN_AXES))
+    program = _write_pages.lower(pool, np.array([5, 7], np.int32), copied).compile()
+    assert "all-" not in program.as_text()  # nothing is sent from one to another
+    pool = swap_in(pool, [5, 7, 2], runs)
     for layer, expected in zip(pool, pages, strict=True):
         assert layer.sharding.is_equivalent_to(sharding, 3)
         for shard in layer.addressable_shards:
