@@ -8,9 +8,11 @@ from slora_jax.errors import AdapterLoadError as AdapterLoadError
 from slora_jax.errors import AdapterNotFoundError as AdapterNotFoundError
 from slora_jax.errors import CapacityError as CapacityError
 from slora_jax.errors import ConfigError as ConfigError
+from slora_jax.errors import DeadlineExceededError as DeadlineExceededError
 from slora_jax.errors import EngineClosedError as EngineClosedError
 from slora_jax.errors import InvalidRequestError as InvalidRequestError
 from slora_jax.errors import ModelLoadError as ModelLoadError
+from slora_jax.errors import OverloadedError as OverloadedError
 from slora_jax.errors import RequestFailedError as RequestFailedError
 from slora_jax.errors import SloraError as SloraError
 from slora_jax.llm import LLM as LLM
@@ -33,12 +35,14 @@ __all__ = [
     "CapacityError",
     "CompletionOutput",
     "ConfigError",
+    "DeadlineExceededError",
     "EngineClosedError",
     "EngineConfig",
     "EngineStats",
     "InvalidRequestError",
     "Logprob",
     "ModelLoadError",
+    "OverloadedError",
     "RequestFailedError",
     "RequestMetrics",
     "RequestOutput",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from slora_jax.adapter_store import BASE_VERSION, AdapterStore, PackedAdapter
 from slora_jax.errors import CapacityError
@@ -93,6 +93,33 @@ class AdapterCache:
         assert resident.references > 0, f"adapter version {version} is not in use"
         resident.references -= 1
         self._enter_idle(version, resident)
+
+    # -- ahead of time: touch / prefetch -------------------------------------------------------
+
+    def touch(self, versions: Iterable[int]) -> int:
+        """Let idle ones among ``versions`` be evicted last, the first of them very last.
+
+        Returns their pages.
+        """
+        idle = [version for version in versions if version in self._idle]
+        for version in reversed(idle):
+            self._idle.move_to_end(version)
+        return sum(len(self._resident[version].pages) for version in idle)
+
+    def prefetch(self, version: int, *, spare: int) -> bool:
+        """Swap an adapter in that nobody uses yet; it is idle, and evicted last.
+
+        False, with nothing changed, where it is resident already, or where fewer than ``spare``
+        pages would be left free or idle. Raises AdapterLoadError where it cannot be read.
+        """
+        if version == BASE_VERSION or version in self._resident:
+            return False
+        if self.num_available(version) < spare:
+            return False
+        resident = self._bring_in(version)
+        assert resident is not None, "num_available counted its pages"
+        self._enter_idle(version, resident)
+        return True
 
     # -- kept whatever comes: pin / unpin ------------------------------------------------------
 

@@ -34,6 +34,7 @@ from slora_jax.outputs import (
     RequestOutput,
 )
 from slora_jax.page_allocator import PageAllocator
+from slora_jax.policies import make_policy
 from slora_jax.request import Request
 from slora_jax.sampling_params import SamplingParams
 from slora_jax.scheduler import Scheduler, SchedulerOutput
@@ -120,8 +121,14 @@ class Engine:
             max_num_batched_tokens=runner.max_prefill_tokens,
             prefill_tile=runner.prefill_tile,
             max_model_len=max_model_len,
+            policy=make_policy(
+                config.scheduler, cluster_size=config.cluster_size, fair_over=config.fair_over
+            ),
+            max_overtakes=config.max_overtakes,
+            prefetch=config.prefetch,
             clock=clock,
         )
+        self._ttft_slo = config.ttft_slo
         self._running: dict[str, tuple[Generation, Completion]] = {}
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)
@@ -202,8 +209,14 @@ class Engine:
         adapter_id: str | None,
         *,
         prompt: str | None = None,
+        client_id: str | None = None,
+        priority: int = 0,
+        ttft_slo: float | None = None,
     ) -> Generation:
         """Queue one prompt; the adapter's version is bound now.
+
+        ``client_id``, ``priority`` (higher first) and ``ttft_slo`` (seconds from now, instead of
+        the configuration's) are for the scheduler.
 
         Raises:
             AdapterNotFoundError: no adapter has this name.
@@ -211,6 +224,7 @@ class Engine:
             CapacityError: it can never fit in the pool.
         """
         self.check_open()
+        _check_service(client_id, priority, ttft_slo)
         prompt_ids = self._check_prompt(prompt_token_ids)
         version = self.adapter_version(adapter_id)
         generation = Generation(
@@ -226,9 +240,13 @@ class Engine:
         try:
             for index in range(params.n):
                 completion = self._new_completion(generation, index, version, base_seed)
+                request = completion.request
+                request.client_id, request.priority = client_id, priority
+                if (slo := self._ttft_slo if ttft_slo is None else ttft_slo) is not None:
+                    request.deadline = request.arrival_time + slo
                 generation.completions.append(completion)
-                self._running[completion.request.request_id] = generation, completion
-                self.scheduler.add(completion.request)
+                self._running[request.request_id] = generation, completion
+                self.scheduler.add(request)
         except BaseException:  # a Ctrl-C too must leave nothing in the queue
             self.abort(generation)
             raise
@@ -496,6 +514,17 @@ class Engine:
             seed=(base_seed + index) % 2**63,
             logprobs=[],
         )
+
+
+def _check_service(client_id: object, priority: object, ttft_slo: object) -> None:
+    """What the scheduler is told of a request, before it sorts by it."""
+    if client_id is not None and not isinstance(client_id, str):
+        raise InvalidRequestError(f"client_id={client_id!r} must be a string or None")
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise InvalidRequestError(f"priority={priority!r} must be an integer; higher goes first")
+    is_number = isinstance(ttft_slo, int | float) and not isinstance(ttft_slo, bool)
+    if ttft_slo is not None and not (is_number and ttft_slo > 0):
+        raise InvalidRequestError(f"ttft_slo={ttft_slo!r} must be a number of seconds above 0")
 
 
 def _metrics(generation: Generation) -> RequestMetrics:
