@@ -1,6 +1,7 @@
 """slora-jax: thousands of LoRA adapters of one Llama base model, served together by JAX."""
 
 from slora_jax.adapter_store import AdapterInfo as AdapterInfo
+from slora_jax.async_llm import AsyncLLM as AsyncLLM
 from slora_jax.config import EngineConfig as EngineConfig
 from slora_jax.errors import AdapterError as AdapterError
 from slora_jax.errors import AdapterInUseError as AdapterInUseError
@@ -32,6 +33,7 @@ __all__ = [
     "AdapterInfo",
     "AdapterLoadError",
     "AdapterNotFoundError",
+    "AsyncLLM",
     "CapacityError",
     "CompletionOutput",
     "ConfigError",

@@ -9,12 +9,15 @@ their number.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
 from slora_jax.adapter_store import BASE_VERSION, AdapterStore, PackedAdapter
-from slora_jax.errors import CapacityError
+from slora_jax.errors import AdapterLoadError, CapacityError
 from slora_jax.page_allocator import Owner, PageAllocator
+
+logger = logging.getLogger("slora_jax.adapter_cache")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -188,6 +191,22 @@ class AdapterCache:
             assert version in self._idle, f"adapter version {version} is in use"
             self._leave_idle(version, resident)
             self._give_back(version)
+
+    def lose_pool(self) -> None:
+        """The pool's contents are gone, and nobody uses any: nothing is resident, and what is
+        pinned comes in anew. A pinned adapter that cannot be read again is pinned no more.
+        """
+        pinned = [version for version, resident in self._resident.items() if resident.is_pinned]
+        for version in pinned:
+            self.unpin(version)
+        for version in list(self._resident):
+            self.forget(version)
+        self._evicted.clear()  # whoever was told of them has lost them too
+        for version in pinned:
+            try:
+                self.pin(version)
+            except AdapterLoadError:
+                logger.warning("an adapter is not pinned any more", exc_info=True)
 
     def num_available(self, version: int) -> int:
         """Pages that would be free or idle once ``version`` is in use; negative if it cannot be."""

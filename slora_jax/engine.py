@@ -23,6 +23,7 @@ from slora_jax.errors import (
     CapacityError,
     EngineClosedError,
     InvalidRequestError,
+    RequestFailedError,
 )
 from slora_jax.model_runner import LaunchedStep, ModelRunner, ScoredToken, StepResult
 from slora_jax.models.llama import PoolView
@@ -135,6 +136,7 @@ class Engine:
         self._num_steps = 0
         self._launched: LaunchedStep | None = None
         self._closed_because: str | None = None
+        self._failure: BaseException | None = None  # of a step, not recovered from
         self._is_stepping = False
         self._abort_after_step: list[Generation] = []
 
@@ -299,12 +301,35 @@ class Engine:
             return touched
         except BaseException as error:
             # The pool was donated to the call that failed: nothing in it can be relied on.
+            self._failure = error
             self._closed_because = f"a device step failed: {error!r}"
             raise
         finally:
             self._is_stepping = False
             while self._abort_after_step:
                 self.abort(self._abort_after_step.pop())
+
+    def recover(self) -> list[Generation]:
+        """Open again after a step that failed, on a new pool. Returns the generations that ended.
+
+        Requests that ran end with RequestFailedError and the failure as its cause; those that wait
+        keep their places, and pinned adapters are brought in again. Raises what stands in the way,
+        and the engine stays closed.
+        """
+        assert self._failure is not None, "a step has failed"
+        error = RequestFailedError(f"the device step that served it failed: {self._failure!r}")
+        error.__cause__ = self._failure
+        self._launched = None
+        self._runner.renew_pool()
+        self.scheduler.lose_pool(error)
+        ended = {}
+        for request_id, (generation, completion) in list(self._running.items()):
+            if completion.request.is_finished:
+                del self._running[request_id]
+                completion.detokenizer.finish()
+                ended[generation.request_id] = generation
+        self._failure = self._closed_because = None
+        return list(ended.values())
 
     def _swap_in(self, output: SchedulerOutput) -> None:
         for version in output.evicted:
@@ -522,8 +547,9 @@ def _check_service(client_id: object, priority: object, ttft_slo: object) -> Non
         raise InvalidRequestError(f"client_id={client_id!r} must be a string or None")
     if not isinstance(priority, int) or isinstance(priority, bool):
         raise InvalidRequestError(f"priority={priority!r} must be an integer; higher goes first")
-    is_number = isinstance(ttft_slo, int | float) and not isinstance(ttft_slo, bool)
-    if ttft_slo is not None and not (is_number and ttft_slo > 0):
+    if ttft_slo is None:
+        return
+    if not isinstance(ttft_slo, int | float) or isinstance(ttft_slo, bool) or not ttft_slo > 0:
         raise InvalidRequestError(f"ttft_slo={ttft_slo!r} must be a number of seconds above 0")
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from pallas_kernels import dispatch
 from pallas_kernels.layout import KVLayout, choose_page_size
 from slora_jax import loading
-from slora_jax.adapter_store import AdapterInfo
+from slora_jax.adapter_store import AdapterInfo, PackedAdapter
 from slora_jax.config import EngineConfig
 from slora_jax.device_memory import measure_step_bytes
 from slora_jax.engine import Engine, Generation
@@ -393,10 +393,23 @@ class LLM:
             AdapterInUseError: the name is taken.
             CapacityError: it does not fit in the pool or in ``host_adapter_bytes``.
         """
+        self._check_new_name(name)
+        packed, reload = self._read_adapter(name, source, config)
+        return self._register_adapter(name, packed, reload, pinned=pinned)
+
+    def _check_new_name(self, name: str) -> None:
         _check_adapter_name(name)
         with self._lock:
             self._engine.check_name_is_free(name)
-            layout = self._engine.view.adapters
+
+    def _read_adapter(
+        self,
+        name: str,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        config: Mapping[str, Any] | None,
+    ) -> tuple[PackedAdapter, Callable[[], PackedAdapter] | None]:
+        """The slow part of loading, which touches nothing that steps do."""
+        layout = self._engine.view.adapters
         about = self._loaded.hyperparameters
         if isinstance(source, Mapping):
             if config is None:
@@ -422,6 +435,16 @@ class LLM:
                 )
             reload = loading.adapter_loader(source, about, layout, self._dtype, self._host)
             packed = reload()
+        return packed, reload
+
+    def _register_adapter(
+        self,
+        name: str,
+        packed: PackedAdapter,
+        reload: Callable[[], PackedAdapter] | None,
+        *,
+        pinned: bool,
+    ) -> AdapterInfo:
         with self._lock:
             info = self._engine.register_adapter(name, packed, reload)
             if pinned:
@@ -546,6 +569,16 @@ class LLM:
             (*self._tokens(index, prompt, special_tokens), params[index], adapters[index])
             for index, prompt in enumerate(prompts)
         ]
+
+    def _check_one(
+        self, prompt: Any, adapter_id: Any, sampling_params: Any
+    ) -> tuple[str | None, list[int], SamplingParams, str | None]:
+        """One request's arguments but for what the engine's state decides; takes no lock."""
+        return (
+            *self._tokens(0, prompt, special_tokens=True),
+            _sampling_params(sampling_params),
+            _adapter_id(adapter_id),
+        )
 
     def _tokens(
         self, index: int, prompt: Any, special_tokens: bool

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -257,12 +258,14 @@ class ModelRunner:
         self.max_prefill_tokens = max_prefill_tokens
         self._forward = make_forward(model, view, mesh.devices.flat[0].platform, traces)
         head_of, self._weights = over_leaves(model)
-        self.pool: Pool = allocate_pool(
+        self._allocate_pool = functools.partial(
+            allocate_pool,
             model.config.num_layers,
             (num_pages, view.kv.rows_per_page, 128),
             dtype,
             named_sharding(mesh, ("pages", "page_rows", "lanes")),
         )
+        self.pool: Pool = self._allocate_pool()
         self._table_width = -(-max_model_len // view.kv.page_size)
         self._adapters: dict[int, ResidentAdapter] = {}
         max_tiles = max_prefill_tokens // prefill_tile
@@ -428,6 +431,15 @@ class ModelRunner:
             self._weights, hidden, pack((row_ids, targets)), num_top=_bucket_top(asked)
         )
         return wanted, scores
+
+    def renew_pool(self) -> None:
+        """Start anew after a step failed: an empty pool, no adapters, no tokens on the device."""
+        for array in (*self.pool, self._sampled):
+            array.delete()
+        self._adapters.clear()
+        self._sampled_rows = {}
+        self._sampled = jnp.zeros(self._sampled.shape, jnp.int32)
+        self.pool = self._allocate_pool()
 
     def close(self) -> None:
         """Give the device memory back."""

@@ -203,6 +203,17 @@ class Scheduler:
             self.finish(request, "abort")
         return request
 
+    def lose_pool(self, error: Exception) -> None:
+        """Everything in the pool is gone: end what runs with ``error``, and let the others wait.
+
+        Tokens in flight are lost and will be sampled again. Pinned adapters come in anew.
+        """
+        for request in list(self._running.values()):
+            self.finish(request, "error", error=error)
+        for request in self._requests.values():
+            request.num_tokens_in_flight = 0
+        self._cache.lose_pool()
+
     # -- a step: schedule / update -------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput:

@@ -15,6 +15,7 @@ PUBLIC_NAMES = [
     "AdapterInfo",
     "AdapterLoadError",
     "AdapterNotFoundError",
+    "AsyncLLM",
     "CapacityError",
     "CompletionOutput",
     "ConfigError",
