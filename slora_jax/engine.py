@@ -35,10 +35,9 @@ from slora_jax.outputs import (
     RequestOutput,
 )
 from slora_jax.page_allocator import PageAllocator
-from slora_jax.policies import make_policy
 from slora_jax.request import Request
 from slora_jax.sampling_params import SamplingParams
-from slora_jax.scheduler import Scheduler, SchedulerOutput
+from slora_jax.scheduler import SchedulerOutput, make_scheduler
 
 
 class TokenDecoder(Protocol):
@@ -113,20 +112,16 @@ class Engine:
         self.allocator = PageAllocator(num_pages)
         self.store = AdapterStore(config.host_adapter_bytes)
         self.cache = AdapterCache(self.allocator, self.store)
-        self.scheduler = Scheduler(
+        self.scheduler = make_scheduler(
+            config,
             self.allocator,
             self.cache,
             self.store,
             page_size=self._page_size,
             max_num_seqs=runner.max_num_seqs,
-            max_num_batched_tokens=runner.max_prefill_tokens,
             prefill_tile=runner.prefill_tile,
+            max_num_batched_tokens=runner.max_prefill_tokens,
             max_model_len=max_model_len,
-            policy=make_policy(
-                config.scheduler, cluster_size=config.cluster_size, fair_over=config.fair_over
-            ),
-            max_overtakes=config.max_overtakes,
-            prefetch=config.prefetch,
             clock=clock,
         )
         self._ttft_slo = config.ttft_slo

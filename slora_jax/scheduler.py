@@ -37,9 +37,10 @@ from collections.abc import Callable
 
 from slora_jax.adapter_cache import AdapterCache, SwapIn
 from slora_jax.adapter_store import AdapterStore
+from slora_jax.config import EngineConfig
 from slora_jax.errors import AdapterLoadError, CapacityError, DeadlineExceededError
 from slora_jax.page_allocator import Owner, PageAllocator
-from slora_jax.policies import Policy
+from slora_jax.policies import Policy, make_policy
 from slora_jax.request import FinishReason, Request, RequestStatus
 from slora_jax.waiting import WaitingRequests
 
@@ -516,6 +517,38 @@ class Scheduler:
                 assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
                 assert not request.pages
                 assert request.num_computed_tokens == 0
+
+
+def make_scheduler(
+    config: EngineConfig,
+    allocator: PageAllocator,
+    cache: AdapterCache,
+    store: AdapterStore,
+    *,
+    page_size: int,
+    max_num_seqs: int,
+    prefill_tile: int,
+    max_num_batched_tokens: int,
+    max_model_len: int,
+    clock: Callable[[], float],
+) -> Scheduler:
+    """What ``config`` asks for, over sizes that were found out for a model and a device."""
+    return Scheduler(
+        allocator,
+        cache,
+        store,
+        page_size=page_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        prefill_tile=prefill_tile,
+        max_model_len=max_model_len,
+        policy=make_policy(
+            config.scheduler, cluster_size=config.cluster_size, fair_over=config.fair_over
+        ),
+        max_overtakes=config.max_overtakes,
+        prefetch=config.prefetch,
+        clock=clock,
+    )
 
 
 def _owner(request: Request) -> Owner:
