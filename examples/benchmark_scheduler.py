@@ -116,9 +116,7 @@ def main() -> None:
     parser.add_argument("--running", type=int, nargs="*", default=[64, 256])
     parser.add_argument("--scheduler", choices=SCHEDULERS, default="fcfs")
     args = parser.parse_args()
-    print(
-        f"{args.scheduler}; {NUM_ADAPTERS} adapters by power law, {args.steps} steps; milliseconds a step"
-    )
+    print(f"{args.scheduler}; {NUM_ADAPTERS} adapters by power law; milliseconds a step")
     print(
         f"{'seats':>6} {'waiting':>8} | {'schedule + update':^22} | {'take tokens':>11} | "
         f"{'running':>7} {'swap-ins':>9} {'evicted':>8} {'preempted':>9}"

@@ -1,5 +1,5 @@
-"""The evaluation's metrics (S-LoRA, arXiv 2311.03285 §7) over requests that were served, on a device
-or in the simulator. Times in seconds.
+"""The evaluation's metrics (S-LoRA, arXiv 2311.03285 §7) over requests that were served, on a
+device or in the simulator. Times in seconds.
 """
 
 from __future__ import annotations

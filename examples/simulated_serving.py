@@ -23,6 +23,7 @@ from pallas_kernels.layout import TARGETS, AdapterLayout, KVLayout, choose_page_
 from slora_jax.adapter_cache import AdapterCache
 from slora_jax.adapter_store import PackedAdapter
 from slora_jax.config import EngineConfig
+from slora_jax.policies import Policy
 from slora_jax.scheduler import SchedulerOutput
 from slora_jax.simulator import (
     SimulatedRequest,
@@ -122,7 +123,7 @@ def roofline(chip: Chip, model: Model) -> StepTimeModel:
     return StepTimeModel(
         constant=chip.step_overhead_s + model.num_weights * BYTES / read,
         coefficients={
-            "decode_rows": 2 * model.num_weights / flops,
+            # Nothing for decode rows: their products hide behind the reading of the weights.
             "context_tokens": kv_bytes / read,
             "prefill_tokens": 2 * model.num_weights / flops,
             "prefill_pairs": 4 * model.num_layers * model.hidden / flops,
@@ -171,8 +172,10 @@ class Device:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
         make_cache: Callable = AdapterCache,
+        policy: Policy | None = None,
         observe: Callable[[Simulator, SchedulerOutput], None] | None = None,
         step_time: StepTimeModel | None = None,
+        make_adapter: Callable[[int, Sequence[str], str], PackedAdapter] | None = None,
         **options,
     ) -> SimulatedRun:
         """``trace`` over ``num_adapters`` adapters of the setting's ranks; ``options`` of
@@ -186,10 +189,12 @@ class Device:
             max_model_len=2048,
             max_num_batched_tokens=max_num_batched_tokens,
             make_cache=make_cache,
+            policy=policy,
         )
         ranks, targets = self.setting.ranks, self.setting.targets
+        make = make_adapter or self.model.adapter
         for index in range(num_adapters):
-            packed = self.model.adapter(ranks[index % len(ranks)], targets, f"adapter-{index}")
+            packed = make(ranks[index % len(ranks)], targets, f"adapter-{index}")
             simulator.register_adapter(f"adapter-{index}", packed)
         return simulator.run(trace, observe=observe)
 

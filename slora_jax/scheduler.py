@@ -531,8 +531,15 @@ def make_scheduler(
     max_num_batched_tokens: int,
     max_model_len: int,
     clock: Callable[[], float],
+    policy: Policy | None = None,
 ) -> Scheduler:
-    """What ``config`` asks for, over sizes that were found out for a model and a device."""
+    """What ``config`` asks for, over sizes that were found out for a model and a device.
+
+    ``policy`` takes the place of ``config.scheduler``, for orders that have no name.
+    """
+    named = make_policy(
+        config.scheduler, cluster_size=config.cluster_size, fair_over=config.fair_over
+    )
     return Scheduler(
         allocator,
         cache,
@@ -542,9 +549,7 @@ def make_scheduler(
         max_num_batched_tokens=max_num_batched_tokens,
         prefill_tile=prefill_tile,
         max_model_len=max_model_len,
-        policy=make_policy(
-            config.scheduler, cluster_size=config.cluster_size, fair_over=config.fair_over
-        ),
+        policy=policy or named,
         max_overtakes=config.max_overtakes,
         prefetch=config.prefetch,
         clock=clock,

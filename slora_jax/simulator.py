@@ -21,6 +21,7 @@ from slora_jax.adapter_store import BASE_VERSION, AdapterStore, PackedAdapter
 from slora_jax.config import EngineConfig
 from slora_jax.errors import CapacityError, ConfigError
 from slora_jax.page_allocator import PageAllocator
+from slora_jax.policies import Policy
 from slora_jax.request import Request
 from slora_jax.sampling_params import SamplingParams
 from slora_jax.scheduler import SchedulerOutput, make_scheduler
@@ -170,6 +171,7 @@ class Simulator:
         prefill_tile, max_num_batched_tokens: see ``EngineConfig``.
         step_time: how long a step takes.
         make_cache: makes the cache, for baselines that divide the pool in another way.
+        policy: instead of ``config.scheduler``, for baselines that admit in another order.
     """
 
     def __init__(
@@ -183,6 +185,7 @@ class Simulator:
         prefill_tile: int = 128,
         max_num_batched_tokens: int = 2048,
         make_cache: Callable[[PageAllocator, AdapterStore], AdapterCache] = AdapterCache,
+        policy: Policy | None = None,
     ):
         self.now = 0.0
         self.allocator = PageAllocator(num_pages)
@@ -199,6 +202,7 @@ class Simulator:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             clock=lambda: self.now,
+            policy=policy,
         )
         self._ttft_slo = config.ttft_slo
         self._step_time = step_time
