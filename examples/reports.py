@@ -29,7 +29,7 @@ from slora_jax.policies import INPUT_TOKEN_COST, OUTPUT_TOKEN_COST
 from slora_jax.simulator import SimulatedRequest, SimulatedRun
 
 SLO = 6.0
-SPLITS = (0.1, 0.2, 0.3, 0.4, 0.5)
+SPLITS = (0.1, 0.2, 0.3, 0.45, 0.6)
 """Shares of the pool that belong to adapters."""
 
 Points = list[tuple[float, float]]
@@ -314,7 +314,7 @@ def rate(bench: Bench) -> Report:
         "requests/s offered",
         panels,
         "all attain 1 until the rate reaches capacity; then fcfs collapses, early abort falls "
-        "slowly (A10G S2: fcfs 1, .98, .27, .06 at R 1, 1.5, 2, 2.5; early abort 1, .96, .65, .46); "
+        "slowly (A10G S2 at R 1, 1.5, 2, 2.5: fcfs 1, .98, .27, .06; abort 1, .96, .65, .46); "
         "throughput saturates, no-unify-mem earlier (fig. 6)",
     )
     compare_orders(report, first=3)  # from capacity on
