@@ -58,6 +58,7 @@ def _new_host_half(llm: LLM, config: EngineConfig, make_cache: Callable, policy=
         engine.cache,
         engine.store,
         page_size=llm.stats().page_size,
+        max_num_seqs=runner.max_num_seqs,
         prefill_tile=runner.prefill_tile,
         max_num_batched_tokens=runner.max_prefill_tokens,
         max_model_len=llm.max_model_len,

@@ -164,8 +164,8 @@ class Simulator:
     """A host half and a clock.
 
     Args:
-        config: its scheduling fields and ``max_num_seqs``, ``host_adapter_bytes`` hold; those of
-            devices and models do not matter.
+        config: its scheduling fields, ``host_adapter_bytes`` and ``max_num_seqs`` (None: 256) hold;
+            those of devices and models do not matter.
         num_pages: of the pool, the null page included.
         page_size: tokens a page.
         prefill_tile, max_num_batched_tokens: see ``EngineConfig``.
