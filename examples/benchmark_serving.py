@@ -99,7 +99,10 @@ def serve(
     if recorder is not None:
         recorder.write(steps_out)
     after = dataclasses.asdict(llm.stats())
-    return Run(seconds, served, {name: after[name] - before[name] for name in after})
+    counters = {
+        name: value - before[name] for name, value in after.items() if isinstance(value, int)
+    }
+    return Run(seconds, served, counters)
 
 
 def best_of(run: Callable[[Path | None], Run], runs: int, steps_out: Path | None) -> Run:

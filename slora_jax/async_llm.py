@@ -210,6 +210,14 @@ class AsyncLLM:
         """See ``LLM.stats``."""
         return await self._call(self._llm.stats)
 
+    def stats_between_steps(self, timeout: float = 10.0) -> EngineStats:
+        """``stats`` for threads without a loop, as Prometheus' is; not for a coroutine: it waits.
+
+        Raises TimeoutError where a step takes longer than ``timeout`` seconds.
+        """
+        future = self._call_soon(self._llm.stats)
+        return future.result(timeout)
+
     # -- the end ----------------------------------------------------------------------------------
 
     async def drain(self) -> None:
@@ -239,6 +247,9 @@ class AsyncLLM:
 
     async def _call(self, function: Callable[[], T]) -> T:
         """What ``function`` returns or raises, run between two steps."""
+        return await asyncio.wrap_future(self._call_soon(function))
+
+    def _call_soon(self, function: Callable[[], T]) -> concurrent.futures.Future[T]:
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def run() -> None:
@@ -251,7 +262,7 @@ class AsyncLLM:
                 future.set_exception(error)
 
         self._ask(run, fail)
-        return await asyncio.wrap_future(future)
+        return future
 
     def _ask(
         self,
@@ -265,6 +276,7 @@ class AsyncLLM:
                 raise EngineClosedError(f"no requests are taken: {self._refusal}")
             waiting = self._num_waiting + self._num_taken + self._num_asked
             if new_requests and waiting + new_requests > self._max_waiting:
+                logger.warning("overloaded", extra={"waiting": waiting})
                 raise OverloadedError(
                     f"{waiting} requests wait already and at most {self._max_waiting} may "
                     "(max_waiting): try again later"

@@ -25,6 +25,7 @@ from slora_jax.errors import (
     InvalidRequestError,
     RequestFailedError,
 )
+from slora_jax.metrics import ServedRequests
 from slora_jax.model_runner import LaunchedStep, ModelRunner, ScoredToken, StepResult
 from slora_jax.models.llama import PoolView
 from slora_jax.outputs import (
@@ -124,6 +125,8 @@ class Engine:
             max_model_len=max_model_len,
             clock=clock,
         )
+        self._served = ServedRequests()
+        self.scheduler.on_finish = self._served.add
         self._ttft_slo = config.ttft_slo
         self._running: dict[str, tuple[Generation, Completion]] = {}
         self._ids = itertools.count()
@@ -176,6 +179,7 @@ class Engine:
         """New requests are refused at once; memory is freed when the last one that uses it ends."""
         self.check_open()
         self.store.unregister(name)
+        self._served.by_adapter.pop(name, None)
 
     def pin_adapter(self, name: str) -> None:
         """Bring the adapter into the pool with the next step and keep it there, come what may.
@@ -459,10 +463,23 @@ class Engine:
             bytes_read=self._runner.num_bytes,
             swap_ins=self.cache.swap_ins,
             swap_in_bytes=self.cache.swap_in_bytes,
+            prefetches=self.scheduler.prefetches,
             disk_reloads=self.store.disk_reloads,
             evictions=self.cache.evictions,
             preemptions=self.scheduler.preemptions,
             compiles=self._runner.num_compiles,
+            requests_finished=dict(self._served.by_reason),
+            prompt_tokens=self._served.prompt_tokens,
+            output_tokens=self._served.output_tokens,
+            tokens_by_adapter={
+                adapter_id: count
+                for adapter_id, count in self._served.by_adapter.items()
+                if adapter_id is None or adapter_id in self.store.names()
+            },
+            queue_time=self._served.queue_time.snapshot(),
+            ttft=self._served.ttft.snapshot(),
+            tpot=self._served.tpot.snapshot(),
+            latency=self._served.latency.snapshot(),
         )
 
     def close(self) -> None:

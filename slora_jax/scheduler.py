@@ -138,6 +138,8 @@ class Scheduler:
         self._running: dict[str, Request] = {}  # in order of admission
         self._requests: dict[str, Request] = {}  # all that are not finished
         self.preemptions = 0
+        self.on_finish: Callable[[Request], None] = lambda request: None
+        """Told of each request that has ended."""
         self.prefetches = 0
         """How often an adapter was swapped in for a request that still waits."""
 
@@ -196,6 +198,7 @@ class Scheduler:
         request.stop_reason = stop_reason
         request.error = error
         request.finish_time = self._clock()
+        self.on_finish(request)
 
     def abort(self, request_id: str) -> Request | None:
         """Finish a request with ``"abort"``; None where no unfinished one has this id."""
