@@ -143,6 +143,18 @@ def measure_run(run: Run, roof: float | None) -> dict[str, float]:
     return result
 
 
+def sizes(llm: LLM) -> dict[str, int]:
+    """What of the engine a simulation of the same run needs to know."""
+    stats, runner = llm.stats(), llm.engine._runner
+    return {
+        "pages_total": stats.pages_total,
+        "page_size": stats.page_size,
+        "seats": runner.max_num_seqs,
+        "prefill_tile": runner.prefill_tile,
+        "prefill_tokens": runner.max_prefill_tokens,
+    }
+
+
 def make_requests(
     args: argparse.Namespace, num_adapters: int, vocab_size: int
 ) -> list[TimedRequest]:
@@ -323,7 +335,8 @@ def main() -> None:
                 lambda out, r=requests: serve(llm, r, names, out), args.runs, args.steps_out
             )
             tokens = [served.tokens for served in run.served]
-            rows.append((f"slora-jax, {count} adapters", measure_run(run, roof)))
+            metrics = {"num_adapters": count, **sizes(llm), **measure_run(run, roof)}
+            rows.append((f"slora-jax, {count} adapters", metrics))
             print_row(*rows[-1], baseline(rows, args))
             write_row(args, *rows[-1])
         if args.peer == "peft":

@@ -170,6 +170,7 @@ class Device:
         num_adapters: int,
         *,
         max_num_seqs: int = 256,
+        prefill_tile: int = 128,
         max_num_batched_tokens: int = 2048,
         make_cache: Callable = AdapterCache,
         policy: Policy | None = None,
@@ -187,6 +188,7 @@ class Device:
             num_pages=self.num_pages,
             page_size=self.model.kv.page_size,
             max_model_len=2048,
+            prefill_tile=prefill_tile,
             max_num_batched_tokens=max_num_batched_tokens,
             make_cache=make_cache,
             policy=policy,
@@ -199,6 +201,22 @@ class Device:
         return simulator.run(trace, observe=observe)
 
 
+def simulated(
+    requests: Sequence[workloads.TimedRequest], client_id: Callable[[int], str] | None = None
+) -> list[SimulatedRequest]:
+    """A workload's lengths instead of its tokens."""
+    return [
+        SimulatedRequest(
+            arrival=request.arrival,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_output_tokens=request.num_output_tokens,
+            adapter=None if request.adapter is None else f"adapter-{request.adapter}",
+            client_id=None if client_id is None else client_id(index),
+        )
+        for index, request in enumerate(requests)
+    ]
+
+
 def trace(
     rate: float,
     duration: float,
@@ -208,18 +226,9 @@ def trace(
     cv: float = 1.0,
     client_id: Callable[[int], str] | None = None,
 ) -> list[SimulatedRequest]:
-    """S-LoRA's synthetic trace (``workloads.trace``), lengths instead of tokens."""
+    """S-LoRA's synthetic trace."""
     made = workloads.trace(rate, duration, num_adapters, 32_000, alpha=alpha, cv=cv)
-    return [
-        SimulatedRequest(
-            arrival=request.arrival,
-            num_prompt_tokens=len(request.prompt_token_ids),
-            num_output_tokens=request.num_output_tokens,
-            adapter=None if request.adapter is None else f"adapter-{request.adapter}",
-            client_id=None if client_id is None else client_id(index),
-        )
-        for index, request in enumerate(made)
-    ]
+    return simulated(made, client_id)
 
 
 def metrics(run: SimulatedRun) -> dict[str, float]:
@@ -240,12 +249,42 @@ def read_steps(path: Path) -> list[tuple[StepWork, float]]:
     return steps
 
 
+def compare(row: dict, step_time: StepTimeModel) -> dict[str, tuple[float, float]]:
+    """Metric → (measured, predicted), for a line that ``benchmark_serving.py --json`` wrote."""
+    setting = SETTINGS[row["setting"]]
+    model = Model.of(setting.model)
+    if row["workload"] == "trace":
+        shape = {"alpha": row["alpha"], "cv": row["cv"]}
+        requests = trace(row["rate"], row["duration"], row["num_adapters"], **shape)
+    elif row["workload"] == "offline":
+        requests = simulated(workloads.offline(row["requests"], row["num_adapters"], 32_000))
+    else:
+        lengths = row["requests"], row["prompt_tokens"], row["max_tokens"]
+        requests = simulated(workloads.batch(*lengths, row["num_adapters"], 32_000))
+    pool_bytes = (row["pages_total"] + 1) * model.page_bytes
+    names = ("scheduler", "ttft_slo", "cluster_size", "prefetch")
+    run = Device("", setting, model, step_time, pool_bytes).serve(
+        requests,
+        row["num_adapters"],
+        max_num_seqs=row["seats"],
+        prefill_tile=row["prefill_tile"],
+        max_num_batched_tokens=row["prefill_tokens"],
+        **{name: row[name] for name in names if row[name] is not None},
+    )
+    predicted = metrics(run)
+    keys = ("requests_per_s", "output_tokens_per_s", "ttft_p50", "tpot_p50", "slo_attainment")
+    return {key: (row[key], predicted[key]) for key in keys}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     fit = commands.add_parser("fit", help="a model of step times from measured steps")
     fit.add_argument("steps", type=Path, nargs="+")
     fit.add_argument("--out", type=Path, required=True)
+    check = commands.add_parser("compare", help="predictions with real runs")
+    check.add_argument("rows", type=Path, help="of benchmark_serving.py --json")
+    check.add_argument("--device", required=True, help="a fitted file")
     serve = commands.add_parser("serve", help="one trace")
     serve.add_argument("--device", default="a10g", help=f"{', '.join(CHIPS)}, or a fitted file")
     serve.add_argument("--setting", choices=SETTINGS, default="S2")
@@ -268,6 +307,14 @@ def main() -> None:
         total = sum(model.seconds(work) for work, _ in steps) / sum(s for _, s in steps)
         print(f"{len(steps)} steps; relative error p50 {errors[len(errors) // 2]:.1%}, ", end="")
         print(f"p90 {errors[int(0.9 * len(errors))]:.1%}; total time {total:.3f} of the measured")
+        return
+    if args.command == "compare":
+        for line in args.rows.read_text().splitlines():
+            row = json.loads(line)
+            print(f"{row['setting']}, {row['workload']}, {row['num_adapters']} adapters")
+            for key, (real, found) in compare(row, StepTimeModel.load(args.device)).items():
+                error = f"{found / real - 1:+.1%}" if real else "-"
+                print(f"  {key:20} measured {real:9.3f}, predicted {found:9.3f}: {error}")
         return
     device = Device.of(args.device, args.setting, pool_bytes=args.pool_bytes)
     requests = trace(args.rate, args.duration, args.adapters, alpha=args.alpha, cv=args.cv)

@@ -276,7 +276,7 @@ class AsyncLLM:
                 raise EngineClosedError(f"no requests are taken: {self._refusal}")
             waiting = self._num_waiting + self._num_taken + self._num_asked
             if new_requests and waiting + new_requests > self._max_waiting:
-                logger.warning("overloaded", extra={"waiting": waiting})
+                logger.info("overloaded", extra={"waiting": waiting})
                 raise OverloadedError(
                     f"{waiting} requests wait already and at most {self._max_waiting} may "
                     "(max_waiting): try again later"

@@ -82,8 +82,7 @@ class ServedRequests:
 
 
 def _log(request: Request) -> None:
-    logger.log(
-        logging.INFO if request.error is None else logging.WARNING,
+    logger.info(
         "request %s: %s",
         request.request_id,
         request.finish_reason,
