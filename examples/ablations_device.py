@@ -191,8 +191,9 @@ def _merge_weights(llm: LLM, rank: int) -> None:
 
 
 def _pass_weights_on(runner, model) -> None:
-    """Hand the model's changed arrays to the compiled forward."""
+    """Hand the model's changed arrays to the compiled programs."""
     forward = runner._forward
+    runner._weights = over_leaves(model)[1]
     if hasattr(forward, "_layer_weights"):
         forward._layer_weights = [over_leaves(block)[1] for block in model.layers]
     else:

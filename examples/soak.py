@@ -91,7 +91,7 @@ class Sample:
 class Soak:
     """The world around one engine."""
 
-    def __init__(self, directory: Path, seed: int):
+    def __init__(self, directory: Path, seed: int, minutes: float):
         self.rng = random.Random(seed)
         self.directory = directory
         write_synthetic_llama(directory / "model", seed=seed)
@@ -107,6 +107,7 @@ class Soak:
             )
         self.names = [Name(f"user {k}", k) for k in range(NUM_NAMES)]
         self.asked = 0
+        self.until = time.monotonic() + 60 * minutes
         self.outcomes: Counter[str] = Counter()
         self.samples: list[Sample] = []
         self.memory: list[tuple[int, int]] = []  # (requests, bytes)
@@ -139,7 +140,7 @@ class Soak:
 
     async def caller(self, engine: AsyncLLM, requests: int) -> None:
         """One thing after the other until enough has been asked for."""
-        while self.asked < requests:
+        while self.asked < requests and time.monotonic() < self.until:
             self.asked += 1
             dice = self.rng.random()
             if dice < 0.03:
@@ -160,6 +161,8 @@ class Soak:
                 await self.load_in_vain(engine)
             if self.asked % max(requests // 100, 1) == 0:
                 self.memory.append((self.asked, resident_bytes()))
+                if self.asked % max(requests // 10, 1) == 0:
+                    print(f"{self.asked} requests, {self.memory[-1][1] / 2**20:.0f} MiB", flush=True)
 
     def request(self) -> tuple[list[int], Name | None, SamplingParams, dict]:
         """A good one."""
@@ -337,10 +340,11 @@ async def run(soak: Soak, llm: LLM, requests: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--minutes", type=float, default=1e9, help="ask for no more after these")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(Path(folder), args.seed)
+        soak = Soak(Path(folder), args.seed, args.minutes)
         with soak.make_llm() as llm:
             start = time.monotonic()
             asyncio.run(run(soak, llm, args.requests))

@@ -25,7 +25,7 @@ from slora_jax.errors import (
     InvalidRequestError,
     RequestFailedError,
 )
-from slora_jax.metrics import ServedRequests
+from slora_jax.metrics import RETRACTED, ServedRequests
 from slora_jax.model_runner import LaunchedStep, ModelRunner, ScoredToken, StepResult
 from slora_jax.models.llama import PoolView
 from slora_jax.outputs import (
@@ -249,7 +249,7 @@ class Engine:
                 self._running[request.request_id] = generation, completion
                 self.scheduler.add(request)
         except BaseException:  # a Ctrl-C too must leave nothing in the queue
-            self.abort(generation)
+            self.retract(generation)
             raise
         return generation
 
@@ -265,6 +265,13 @@ class Engine:
         for completion in generation.completions:
             if self._running.pop(completion.request.request_id, None):
                 self.scheduler.abort(completion.request.request_id)
+                completion.detokenizer.finish()
+
+    def retract(self, generation: Generation) -> None:
+        """Take back what was queued a moment ago, before any step: it counts as never asked for."""
+        for completion in generation.completions:
+            if self._running.pop(completion.request.request_id, None):
+                self.scheduler.abort(completion.request.request_id, RETRACTED)
                 completion.detokenizer.finish()
 
     @property

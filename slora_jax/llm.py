@@ -290,7 +290,7 @@ class LLM:
         ]
         with _deferred_interrupt(), self._lock:
             # Some things only queueing refuses: queue once, and take all back.
-            self._abort_all(self._add_all(one_each))
+            self._retract_all(self._add_all(one_each))
         return self._stream(checked)
 
     def _run(self, checked: list[_Checked], progress: bool) -> list[RequestOutput]:
@@ -357,11 +357,15 @@ class LLM:
                         self._engine.add_request(token_ids, params, adapter_id, prompt=text)
                     )
             except BaseException as error:  # a Ctrl-C too must leave nothing in the queue
-                self._abort_all(generations)
+                self._retract_all(generations)
                 if isinstance(error, InvalidRequestError | CapacityError):
                     raise type(error)(f"prompt {len(generations)}: {error}") from error
                 raise
         return generations
+
+    def _retract_all(self, generations: list[Generation]) -> None:
+        for generation in generations:
+            self._engine.retract(generation)
 
     def _abort_all(self, generations: list[Generation]) -> None:
         with self._lock:

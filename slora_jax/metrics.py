@@ -23,6 +23,10 @@ SECONDS = (*SECONDS, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)
 """Upper bounds of the histograms' buckets."""
 
 
+RETRACTED = "retracted"
+"""``stop_reason`` of a request that was taken back before any step: it is not counted."""
+
+
 class Distribution:
     """Counts of seconds by bucket."""
 
@@ -59,6 +63,8 @@ class ServedRequests:
 
     def add(self, request: Request) -> None:
         """A request has ended."""
+        if request.stop_reason == RETRACTED:
+            return
         assert request.finish_reason is not None
         assert request.finish_time is not None
         is_late = request.finish_reason == "abort" and request.stop_reason == "deadline"

@@ -200,11 +200,11 @@ class Scheduler:
         request.finish_time = self._clock()
         self.on_finish(request)
 
-    def abort(self, request_id: str) -> Request | None:
+    def abort(self, request_id: str, stop_reason: str | None = None) -> Request | None:
         """Finish a request with ``"abort"``; None where no unfinished one has this id."""
         request = self._requests.get(request_id)
         if request is not None:
-            self.finish(request, "abort")
+            self.finish(request, "abort", stop_reason)
         return request
 
     def lose_pool(self, error: Exception) -> None:
