@@ -162,7 +162,8 @@ class Soak:
             if self.asked % max(requests // 100, 1) == 0:
                 self.memory.append((self.asked, resident_bytes()))
                 if self.asked % max(requests // 10, 1) == 0:
-                    print(f"{self.asked} requests, {self.memory[-1][1] / 2**20:.0f} MiB", flush=True)
+                    mib = self.memory[-1][1] / 2**20
+                    print(f"{self.asked} requests, {mib:.0f} MiB", flush=True)
 
     def request(self) -> tuple[list[int], Name | None, SamplingParams, dict]:
         """A good one."""
