@@ -116,13 +116,13 @@ class Soak:
         """Where an adapter's files are, unless hidden."""
         return self.directory / "adapters" / str(content)
 
-    def make_llm(self) -> LLM:
+    def make_llm(self, seats: int) -> LLM:
         """Tiny, and short of everything."""
         llm = LLM(
             self.directory / "model",
             dtype="float32",
             kernels="xla",
-            max_num_seqs=8,
+            max_num_seqs=seats,
             prefill_tile=8,
             max_num_batched_tokens=32,
             max_model_len=64,
@@ -341,12 +341,13 @@ async def run(soak: Soak, llm: LLM, requests: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--seats", type=int, default=8, help="requests that run at once")
     parser.add_argument("--minutes", type=float, default=1e9, help="ask for no more after these")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(Path(folder), args.seed, args.minutes)
-        with soak.make_llm() as llm:
+        with soak.make_llm(args.seats) as llm:
             start = time.monotonic()
             asyncio.run(run(soak, llm, args.requests))
             seconds = time.monotonic() - start

@@ -6,7 +6,7 @@ import soak
 
 @pytest.mark.slow
 def test_a_short_soak(capsys):
-    soak.main(["--requests", "1700", "--seed", "1"])
+    soak.main(["--requests", "1700", "--seats", "2", "--seed", "1"])
     printed = capsys.readouterr().out
     assert "1700 requests, " in printed
     for what in ("answered", "refused", "left", "cancelled", "(reloads)", "files are gone"):
