@@ -134,6 +134,7 @@ class Soak:
         )
         for name in self.names:
             llm.load_adapter(name.name, self.path(name.content))
+        llm.warm_up()
         return llm
 
     # -- callers ----------------------------------------------------------------------------------
@@ -160,10 +161,17 @@ class Soak:
             if self.rng.random() < 0.001:
                 await self.load_in_vain(engine)
             if self.asked % max(requests // 100, 1) == 0:
-                self.memory.append((self.asked, resident_bytes()))
-                if self.asked % max(requests // 10, 1) == 0:
-                    mib = self.memory[-1][1] / 2**20
-                    print(f"{self.asked} requests, {mib:.0f} MiB", flush=True)
+                await self.note_memory(engine)
+
+    async def note_memory(self, engine: AsyncLLM) -> None:
+        """A hundred times, and tell every tenth."""
+        if self.memory and self.memory[-1][0] == self.asked:
+            return
+        self.memory.append((self.asked, resident_bytes()))
+        if len(self.memory) % 10 == 0:
+            compiles = (await engine.stats()).compiles
+            mib = self.memory[-1][1] / 2**20
+            print(f"{self.asked} requests, {mib:.0f} MiB, {compiles} programs", flush=True)
 
     def request(self) -> tuple[list[int], Name | None, SamplingParams, dict]:
         """A good one."""
