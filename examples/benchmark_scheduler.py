@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from slora_jax.adapter_cache import AdapterCache
 from slora_jax.adapter_store import AdapterStore, PackedAdapter
 from slora_jax.page_allocator import PageAllocator
+from slora_jax.policies import SCHEDULERS, SchedulerName, make_policy
 from slora_jax.request import Request
 from slora_jax.scheduler import Scheduler
 
@@ -24,6 +25,8 @@ NUM_ADAPTERS = 2000
 RANKS = (8, 16, 32, 64)
 PAGES_PER_RANK = 1 / 4  # Llama-7B: 2 pages of 8 MiB for rank 8 on q, k, v, o
 PAGE_SIZE = 16
+NUM_CLIENTS = 1000
+SLO_SECONDS = 6.0
 PAGES_PER_SEAT = 34  # KV of a running request takes about 27, so adapters and KV compete
 MIN_TOKENS, MAX_TOKENS = 8, 512  # of a prompt, and of an output
 
@@ -31,10 +34,11 @@ MIN_TOKENS, MAX_TOKENS = 8, 512  # of a prompt, and of an output
 class Load:
     """A host half with ``num_waiting`` requests in line and up to ``num_running`` running."""
 
-    def __init__(self, num_waiting: int, num_running: int):
+    def __init__(self, num_waiting: int, num_running: int, scheduler: SchedulerName):
         self._rng = random.Random(0)
         self._count = 0
         self.num_waiting = num_waiting
+        self._slo = SLO_SECONDS if scheduler == "slo" else None
         self.allocator = PageAllocator(PAGES_PER_SEAT * num_running + 1)
         self.store = AdapterStore()
         self.cache = AdapterCache(self.allocator, self.store)
@@ -47,6 +51,8 @@ class Load:
             max_num_batched_tokens=1024,
             prefill_tile=16,
             max_model_len=2 * MAX_TOKENS,
+            policy=make_policy(scheduler),
+            prefetch=8,
         )
         for i in range(NUM_ADAPTERS):
             num_pages = int(RANKS[i % len(RANKS)] * PAGES_PER_RANK)
@@ -77,6 +83,8 @@ class Load:
                     sampling_params=SimpleNamespace(),
                     max_total_tokens=num_prompt + self._rng.randint(MIN_TOKENS, MAX_TOKENS),
                     adapter_version=version,
+                    client_id=str(self._rng.randrange(NUM_CLIENTS)),
+                    deadline=None if self._slo is None else time.monotonic() + self._slo,
                 )
             )
 
@@ -106,8 +114,9 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=600, help="steps before them")
     parser.add_argument("--waiting", type=int, nargs="*", default=[100, 1_000, 10_000])
     parser.add_argument("--running", type=int, nargs="*", default=[64, 256])
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="fcfs")
     args = parser.parse_args()
-    print(f"{NUM_ADAPTERS} adapters by power law, {args.steps} steps; milliseconds a step")
+    print(f"{args.scheduler}; {NUM_ADAPTERS} adapters by power law; milliseconds a step")
     print(
         f"{'seats':>6} {'waiting':>8} | {'schedule + update':^22} | {'take tokens':>11} | "
         f"{'running':>7} {'swap-ins':>9} {'evicted':>8} {'preempted':>9}"
@@ -115,7 +124,7 @@ def main() -> None:
     print(f"{'':>15} | {'median':>6} {'p99':>7} {'most':>7} | {'median':>11} | {'mean':>7}")
     for num_running in args.running:
         for num_waiting in args.waiting:
-            load = Load(num_waiting, num_running)
+            load = Load(num_waiting, num_running, args.scheduler)
             for _ in range(args.warm_up):
                 load.fill()
                 load.step()

@@ -34,31 +34,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import ablations_device
 import jax
 import jax.numpy as jnp
-import numpy as np
 import workloads
+from ablations_device import BASELINES
+from serving_metrics import Served, measure
+from step_records import StepRecorder
 from workloads import ALL_LINEAR, SETTINGS, Setting, TimedRequest
 
 from checkpoints.hf_llama import read_config
 from checkpoints.sources import resolve_model
 from checkpoints.synthetic import write_synthetic_adapter
 from pallas_kernels.paged_attention.bench import read_pages
-from slora_jax import LLM, SamplingParams
-
-SLO_SECONDS = 6.0
-"""Of the paper: time to first token."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """One request, done. Times in seconds."""
-
-    tokens: list[int]
-    ttft: float
-    tpot: float | None
-    """None for a single token."""
-    latency: float
+from slora_jax import LLM, EngineConfig, SamplingParams
+from slora_jax.policies import SCHEDULERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +61,15 @@ class Run:
     """What ``LLM.stats`` counted meanwhile."""
 
 
-def serve(llm: LLM, requests: Sequence[TimedRequest], names: Sequence[str]) -> Run:
-    """Each request at its time of arrival, in one thread: add what has arrived, step, repeat."""
+def serve(
+    llm: LLM, requests: Sequence[TimedRequest], names: Sequence[str], steps_out: Path | None = None
+) -> Run:
+    """Each request at its time of arrival, in one thread: add what has arrived, step, repeat.
+
+    ``steps_out``: append what each step did and took, for the simulator's fit.
+    """
     engine = llm.engine
+    recorder = None if steps_out is None else StepRecorder(engine)
     before = dataclasses.asdict(llm.stats())
     waiting = sorted(requests, key=lambda request: request.arrival)
     generations = []
@@ -92,29 +88,28 @@ def serve(llm: LLM, requests: Sequence[TimedRequest], names: Sequence[str]) -> R
             )
         if engine.has_unfinished:
             engine.step()
+            if recorder is not None:
+                recorder.stepped()
         else:
             time.sleep(max(0.0, waiting[len(generations)].arrival - now))
     seconds = time.monotonic() - start
-    served = []
-    for timed, generation in zip(waiting, generations, strict=True):
-        request = generation.completions[0].request
-        arrival = start + timed.arrival
-        served.append(
-            Served(
-                list(request.output_token_ids),
-                request.first_token_time - arrival,
-                engine.output(generation).metrics.tpot,
-                request.finish_time - arrival,
-            )
-        )
+    served = [
+        Served.of(generation.completions[0].request, start + timed.arrival)
+        for timed, generation in zip(waiting, generations, strict=True)
+    ]
+    if recorder is not None:
+        recorder.write(steps_out)
     after = dataclasses.asdict(llm.stats())
-    return Run(seconds, served, {name: after[name] - before[name] for name in after})
+    counters = {
+        name: value - before[name] for name, value in after.items() if isinstance(value, int)
+    }
+    return Run(seconds, served, counters)
 
 
-def best_of(run: Callable[[], Run], runs: int) -> Run:
+def best_of(run: Callable[[Path | None], Run], runs: int, steps_out: Path | None) -> Run:
     """The fastest of ``runs`` runs after one to warm up."""
-    run()
-    return min((run() for _ in range(runs)), key=lambda result: result.seconds)
+    run(None)
+    return min((run(steps_out) for _ in range(runs)), key=lambda result: result.seconds)
 
 
 def measure_read_roof() -> float | None:
@@ -132,24 +127,9 @@ def measure_read_roof() -> float | None:
     return pool.nbytes / best
 
 
-def measure(run: Run, roof: float | None) -> dict[str, float]:
-    """The evaluation's metrics (S-LoRA §7): rates a second, times in seconds."""
-    count = len(run.served)
-    result = {
-        "requests_per_s": count / run.seconds,
-        "output_tokens_per_s": sum(len(s.tokens) for s in run.served) / run.seconds,
-        "seconds": run.seconds,
-        "slo_attainment": sum(s.ttft < SLO_SECONDS for s in run.served) / count,
-        "satisfaction": sum(max(0.0, 1 - (s.ttft / SLO_SECONDS) ** 2) for s in run.served) / count,
-    }
-    times = {
-        "ttft": [s.ttft for s in run.served],
-        "tpot": [s.tpot for s in run.served if s.tpot is not None],
-        "latency": [s.latency for s in run.served],
-    }
-    for name, values in times.items():
-        for percent in (50, 90, 99):
-            result[f"{name}_p{percent}"] = float(np.percentile(values, percent)) if values else 0.0
+def measure_run(run: Run, roof: float | None) -> dict[str, float]:
+    """The evaluation's metrics, and what the engine counted."""
+    result = measure(run.served, run.seconds)
     steps = max(run.counters["steps"], 1)
     rows = max(run.counters["token_rows"], 1)
     result["steps"] = run.counters["steps"]
@@ -162,6 +142,18 @@ def measure(run: Run, roof: float | None) -> dict[str, float]:
     result["preemptions"] = run.counters["preemptions"]
     result["compiles"] = run.counters["compiles"]
     return result
+
+
+def sizes(llm: LLM) -> dict[str, int]:
+    """What of the engine a simulation of the same run needs to know."""
+    stats, runner = llm.stats(), llm.engine._runner
+    return {
+        "pages_total": stats.pages_total,
+        "page_size": stats.page_size,
+        "seats": runner.max_num_seqs,
+        "prefill_tile": runner.prefill_tile,
+        "prefill_tokens": runner.max_prefill_tokens,
+    }
 
 
 def make_requests(
@@ -184,6 +176,14 @@ def dummy_llm(args: argparse.Namespace, setting: Setting) -> Iterator[tuple[LLM,
     options = {name: value for name, value in engine_options(args).items() if value is not None}
     started = time.perf_counter()
     with LLM(setting.model, load="dummy", progress=False, **options) as llm:
+        if args.baseline:
+            ablations_device.apply(
+                args.baseline,
+                llm,
+                EngineConfig(**options),
+                adapter_share=args.adapter_share,
+                rank=max(setting.ranks),
+            )
         made = time.perf_counter()
         first = [5] * 8
         llm.generate([first], None, SamplingParams(temperature=0, max_tokens=1), progress=False)
@@ -234,6 +234,10 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "pool_bytes": args.pool_bytes,
         "tensor_parallel": args.tensor_parallel,
         "lora_partition": args.lora_partition,
+        "scheduler": args.scheduler,
+        "ttft_slo": args.ttft_slo,
+        "cluster_size": args.cluster_size,
+        "prefetch": args.prefetch,
     }
 
 
@@ -299,10 +303,19 @@ def main() -> None:
     parser.add_argument("--pool-bytes", type=int, help="on each device")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="devices to use")
     parser.add_argument("--lora-partition", choices=["no_extra_collectives", "s_lora"])
+    parser.add_argument("--scheduler", choices=SCHEDULERS)
+    parser.add_argument("--ttft-slo", type=float, help="seconds; slo needs it")
+    parser.add_argument("--cluster-size", type=int)
+    parser.add_argument("--prefetch", type=int)
+    parser.add_argument("--baseline", choices=BASELINES, help="with --setting: an ablation")
+    parser.add_argument("--adapter-share", type=float, default=0.3, help="no-unify-mem")
+    parser.add_argument("--steps-out", type=Path, help="append a JSON line a step of timed runs")
     parser.add_argument("--json", type=Path, help="append a JSON line a row here")
     args = parser.parse_args()
     if args.requests is None:
         args.requests = 256 if args.workload == "offline" else 32
+    if args.baseline and not args.setting:
+        parser.error("--baseline takes --setting")
     if args.peer == "peft" and (args.setting or args.workload != "batch"):
         parser.error("--peer peft takes --model and the batch workload")
 
@@ -324,9 +337,12 @@ def main() -> None:
     with source as (llm, names):
         for count in args.adapters:
             requests = make_requests(args, count, llm.vocab_size)
-            run = best_of(lambda r=requests: serve(llm, r, names), args.runs)
+            run = best_of(
+                lambda out, r=requests: serve(llm, r, names, out), args.runs, args.steps_out
+            )
             tokens = [served.tokens for served in run.served]
-            rows.append((f"slora-jax, {count} adapters", measure(run, roof)))
+            metrics = {"num_adapters": count, **sizes(llm), **measure_run(run, roof)}
+            rows.append((f"slora-jax, {count} adapters", metrics))
             print_row(*rows[-1], baseline(rows, args))
             write_row(args, *rows[-1])
         if args.peer == "peft":
@@ -361,7 +377,8 @@ def print_row(name: str, m: dict[str, float], base: float | None) -> None:
         f"padding {m['padding_share']:.1%}, {m['bytes_per_s'] / 1e12:.2f} TB/s"
         + (f" ({m['share_of_roof']:.1%} of the roof)" if "share_of_roof" in m else "")
         + f", {counts}\n"
-        f"  ms at p50 / p90 / p99: {times}; SLO {m['slo_attainment']:.3f}",
+        f"  ms at p50 / p90 / p99: {times}; SLO {m['slo_attainment']:.3f}, "
+        f"{int(m['aborted'])} aborted",
         flush=True,
     )
 
@@ -369,7 +386,9 @@ def print_row(name: str, m: dict[str, float], base: float | None) -> None:
 def write_row(args: argparse.Namespace, name: str, metrics: dict[str, float]) -> None:
     """One JSON line."""
     if args.json:
-        known = {k: v for k, v in vars(args).items() if k not in ("json", "adapter_paths")}
+        known = {
+            k: v for k, v in vars(args).items() if k not in ("json", "adapter_paths", "steps_out")
+        }
         line = {"name": name, "device": jax.devices()[0].device_kind, **known, **metrics}
         with args.json.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -1,6 +1,7 @@
 """slora-jax: thousands of LoRA adapters of one Llama base model, served together by JAX."""
 
 from slora_jax.adapter_store import AdapterInfo as AdapterInfo
+from slora_jax.async_llm import AsyncLLM as AsyncLLM
 from slora_jax.config import EngineConfig as EngineConfig
 from slora_jax.data_parallel import DataParallelLLM as DataParallelLLM
 from slora_jax.errors import AdapterError as AdapterError
@@ -9,10 +10,12 @@ from slora_jax.errors import AdapterLoadError as AdapterLoadError
 from slora_jax.errors import AdapterNotFoundError as AdapterNotFoundError
 from slora_jax.errors import CapacityError as CapacityError
 from slora_jax.errors import ConfigError as ConfigError
+from slora_jax.errors import DeadlineExceededError as DeadlineExceededError
 from slora_jax.errors import EngineClosedError as EngineClosedError
 from slora_jax.errors import HostLostError as HostLostError
 from slora_jax.errors import InvalidRequestError as InvalidRequestError
 from slora_jax.errors import ModelLoadError as ModelLoadError
+from slora_jax.errors import OverloadedError as OverloadedError
 from slora_jax.errors import RequestFailedError as RequestFailedError
 from slora_jax.errors import SloraError as SloraError
 from slora_jax.llm import LLM as LLM
@@ -32,10 +35,12 @@ __all__ = [
     "AdapterInfo",
     "AdapterLoadError",
     "AdapterNotFoundError",
+    "AsyncLLM",
     "CapacityError",
     "CompletionOutput",
     "ConfigError",
     "DataParallelLLM",
+    "DeadlineExceededError",
     "EngineClosedError",
     "EngineConfig",
     "EngineStats",
@@ -43,6 +48,7 @@ __all__ = [
     "InvalidRequestError",
     "Logprob",
     "ModelLoadError",
+    "OverloadedError",
     "RequestFailedError",
     "RequestMetrics",
     "RequestOutput",

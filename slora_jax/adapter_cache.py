@@ -9,12 +9,15 @@ their number.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from slora_jax.adapter_store import BASE_VERSION, AdapterStore, PackedAdapter
-from slora_jax.errors import CapacityError
+from slora_jax.errors import AdapterLoadError, CapacityError
 from slora_jax.page_allocator import Owner, PageAllocator
+
+logger = logging.getLogger("slora_jax.adapter_cache")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,6 +97,33 @@ class AdapterCache:
         resident.references -= 1
         self._enter_idle(version, resident)
 
+    # -- ahead of time: touch / prefetch -------------------------------------------------------
+
+    def touch(self, versions: Iterable[int]) -> int:
+        """Let idle ones among ``versions`` be evicted last, the first of them very last.
+
+        Returns their pages.
+        """
+        idle = [version for version in versions if version in self._idle]
+        for version in reversed(idle):
+            self._idle.move_to_end(version)
+        return sum(len(self._resident[version].pages) for version in idle)
+
+    def prefetch(self, version: int, *, spare: int) -> bool:
+        """Swap an adapter in that nobody uses yet; it is idle, and evicted last.
+
+        False, with nothing changed, where it is resident already, or where fewer than ``spare``
+        pages would be left free or idle. Raises AdapterLoadError where it cannot be read.
+        """
+        if version == BASE_VERSION or version in self._resident:
+            return False
+        if self.num_available(version) < spare:
+            return False
+        resident = self._bring_in(version)
+        assert resident is not None, "num_available counted its pages"
+        self._enter_idle(version, resident)
+        return True
+
     # -- kept whatever comes: pin / unpin ------------------------------------------------------
 
     def pin(self, version: int) -> None:
@@ -161,6 +191,22 @@ class AdapterCache:
             assert version in self._idle, f"adapter version {version} is in use"
             self._leave_idle(version, resident)
             self._give_back(version)
+
+    def lose_pool(self) -> None:
+        """The pool's contents are gone, and nobody uses any: nothing is resident, and what is
+        pinned comes in anew. A pinned adapter that cannot be read again is pinned no more.
+        """
+        pinned = [version for version, resident in self._resident.items() if resident.is_pinned]
+        for version in pinned:
+            self.unpin(version)
+        for version in list(self._resident):
+            self.forget(version)
+        self._evicted.clear()  # whoever was told of them has lost them too
+        for version in pinned:
+            try:
+                self.pin(version)
+            except AdapterLoadError:
+                logger.warning("an adapter is not pinned any more", exc_info=True)
 
     def num_available(self, version: int) -> int:
         """Pages that would be free or idle once ``version`` is in use; negative if it cannot be."""

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Literal
 
 from slora_jax.errors import ConfigError
+from slora_jax.policies import SCHEDULERS, FairOver, SchedulerName
 
 Kernels = Literal["auto", "gpu", "tpu", "xla", "reference"]
 
@@ -73,6 +74,32 @@ class EngineConfig:
     """CPU memory for adapters. Least recently used ones beyond it fall back to their files;
     adapters given as arrays have no file and always count. ``None``: no bound."""
 
+    scheduler: SchedulerName = "fcfs"
+    """Who is admitted next: ``fcfs``, first come, first served; ``lcfs``, last come, first served;
+    ``cluster``, few adapters at once (``cluster_size``); ``slo``, S-LoRA's early abort, newest
+    first in overload (needs ``ttft_slo``); ``vtc``, fair over clients or adapters (``fair_over``).
+    Requests of higher priority go first under each; within their client under ``vtc``."""
+
+    ttft_slo: float | None = None
+    """Seconds after its arrival within which a request should get its first token, unless it says
+    so itself. With any scheduler, a waiting request that can no longer make it is aborted early.
+    ``None``: nobody is."""
+
+    max_overtakes: int = 32
+    """Whoever waits longest is admitted next after this many admissions in a row that passed it
+    over: no wait without a deadline is unbounded."""
+
+    cluster_size: int = 8
+    """Of ``scheduler="cluster"``: once so many adapters run, their requests go first."""
+
+    fair_over: FairOver = "client"
+    """Of ``scheduler="vtc"``: who gets equal service, the ``client_id`` of requests or their
+    adapters."""
+
+    prefetch: int = 8
+    """Waiting requests, next ones first, whose adapters are brought into the pool while its pages
+    are free or held by adapters that nobody needs soon. 0: adapters come with admission."""
+
     compilation_cache: bool = True
     """Keep compiled programs of GPUs and TPUs in the user's cache folder, so that the next start
     takes seconds (JAX's persistent compilation cache). Where JAX has been told of a folder, that
@@ -82,8 +109,14 @@ class EngineConfig:
     """Of requests that sample without a seed of their own."""
 
     def __post_init__(self) -> None:
-        _check_int("tensor_parallel", self.tensor_parallel, 1)
-        _check_int("seed", self.seed, 0)
+        for name, low in (
+            ("tensor_parallel", 1),
+            ("seed", 0),
+            ("max_overtakes", 1),
+            ("cluster_size", 1),
+            ("prefetch", 0),
+        ):
+            _check_int(name, getattr(self, name), low)
         for name in (
             "max_num_seqs",
             "max_num_batched_tokens",
@@ -104,9 +137,14 @@ class EngineConfig:
         _check_choice("lora_partition", self.lora_partition, ("no_extra_collectives", "s_lora"))
         _check_choice("load", self.load, ("auto", "dummy"))
         _check_choice("kernels", self.kernels, ("auto", "gpu", "tpu", "xla", "reference"))
+        _check_choice("scheduler", self.scheduler, SCHEDULERS)
+        _check_choice("fair_over", self.fair_over, ("client", "adapter"))
+        if self.ttft_slo is not None and not (_is_number(self.ttft_slo) and self.ttft_slo > 0):
+            raise ConfigError(f"ttft_slo={self.ttft_slo!r} must be a number of seconds above 0")
+        if self.scheduler == "slo" and self.ttft_slo is None:
+            raise ConfigError("scheduler='slo' aborts by ttft_slo: give it, in seconds")
         fraction = self.memory_fraction
-        is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
-        if not is_number or not 0 < fraction <= 1:
+        if not _is_number(fraction) or not 0 < fraction <= 1:
             raise ConfigError(f"memory_fraction={fraction!r} must be above 0 and at most 1")
 
     def prefill_sizes(self, suited_tile: int, suited_tokens: int) -> tuple[int, int]:
@@ -123,6 +161,10 @@ class EngineConfig:
 def _check_int(name: str, value: object, low: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ConfigError(f"{name}={value!r} must be an integer of at least {low}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -23,9 +23,11 @@ from slora_jax.errors import (
     CapacityError,
     EngineClosedError,
     InvalidRequestError,
+    RequestFailedError,
     SloraError,
 )
 from slora_jax.hosts import Alone, Follower, Journal
+from slora_jax.metrics import RETRACTED, ServedRequests
 from slora_jax.model_runner import LaunchedStep, ModelRunner, ScoredToken, StepResult
 from slora_jax.models.llama import PoolView
 from slora_jax.outputs import (
@@ -38,7 +40,7 @@ from slora_jax.outputs import (
 from slora_jax.page_allocator import PageAllocator
 from slora_jax.request import Request
 from slora_jax.sampling_params import SamplingParams
-from slora_jax.scheduler import Scheduler, SchedulerOutput
+from slora_jax.scheduler import SchedulerOutput, make_scheduler
 
 
 class TokenDecoder(Protocol):
@@ -117,23 +119,28 @@ class Engine:
         self.allocator = PageAllocator(num_pages)
         self.store = AdapterStore(config.host_adapter_bytes)
         self.cache = AdapterCache(self.allocator, self.store)
-        self.scheduler = Scheduler(
+        self.scheduler = make_scheduler(
+            config,
             self.allocator,
             self.cache,
             self.store,
             page_size=self._page_size,
             max_num_seqs=runner.max_num_seqs,
-            max_num_batched_tokens=runner.max_prefill_tokens,
             prefill_tile=runner.prefill_tile,
+            max_num_batched_tokens=runner.max_prefill_tokens,
             max_model_len=max_model_len,
             clock=clock,
         )
+        self._served = ServedRequests()
+        self.scheduler.on_finish = self._served.add
+        self._ttft_slo = config.ttft_slo
         self._running: dict[str, tuple[Generation, Completion]] = {}
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)
         self._num_steps = 0
         self._launched: LaunchedStep | None = None
         self._closed_because: str | None = None
+        self._failure: BaseException | None = None  # of a step, not recovered from
         self._is_stepping = False
         self._abort_after_step: list[Generation] = []
 
@@ -178,6 +185,7 @@ class Engine:
         """New requests are refused at once; memory is freed when the last one that uses it ends."""
         self.record("unregister_adapter", name)
         self.store.unregister(name)
+        self._served.by_adapter.pop(name, None)
 
     def pin_adapter(self, name: str) -> None:
         """Bring the adapter into the pool with the next step and keep it there, come what may.
@@ -207,15 +215,23 @@ class Engine:
         adapter_id: str | None,
         *,
         prompt: str | None = None,
+        client_id: str | None = None,
+        priority: int = 0,
+        ttft_slo: float | None = None,
     ) -> Generation:
         """Queue one prompt; the adapter's version is bound now.
+
+        ``client_id``, ``priority`` (higher first) and ``ttft_slo`` (seconds from now, instead of
+        the configuration's) are for the scheduler.
 
         Raises:
             AdapterNotFoundError: no adapter has this name.
             InvalidRequestError: the prompt is empty, too long, or has ids outside the vocabulary.
             CapacityError: it can never fit in the pool.
         """
-        self.record("add_request", prompt_token_ids, params, adapter_id, prompt)
+        service = client_id, priority, ttft_slo
+        _check_service(*service)
+        self.record("add_request", prompt_token_ids, params, adapter_id, prompt, *service)
         prompt_ids = self._check_prompt(prompt_token_ids)
         version = self.adapter_version(adapter_id)
         generation = Generation(
@@ -231,11 +247,15 @@ class Engine:
         try:
             for index in range(params.n):
                 completion = self._new_completion(generation, index, version, base_seed)
+                request = completion.request
+                request.client_id, request.priority = client_id, priority
+                if (slo := self._ttft_slo if ttft_slo is None else ttft_slo) is not None:
+                    request.deadline = request.arrival_time + slo
                 generation.completions.append(completion)
-                self._running[completion.request.request_id] = generation, completion
-                self.scheduler.add(completion.request)
+                self._running[request.request_id] = generation, completion
+                self.scheduler.add(request)
         except BaseException:  # a Ctrl-C too must leave nothing in the queue
-            self._abort(generation)
+            self._retract(generation)
             raise
         return generation
 
@@ -255,6 +275,17 @@ class Engine:
         for completion in generation.completions:
             if self._running.pop(completion.request.request_id, None):
                 self.scheduler.abort(completion.request.request_id)
+                completion.detokenizer.finish()
+
+    def retract(self, generation: Generation) -> None:
+        """Take back what was queued a moment ago, before any step: it counts as never asked for."""
+        self.record("retract", generation.request_id)
+        self._retract(generation)
+
+    def _retract(self, generation: Generation) -> None:
+        for completion in generation.completions:
+            if self._running.pop(completion.request.request_id, None):
+                self.scheduler.abort(completion.request.request_id, RETRACTED)
                 completion.detokenizer.finish()
 
     @property
@@ -290,6 +321,7 @@ class Engine:
             return touched
         except BaseException as error:
             # The pool was donated to the call that failed: nothing in it can be relied on.
+            self._failure = error
             self._closed_because = f"a device step failed: {error!r}"
             self.journal.explain(error)
             raise
@@ -297,6 +329,30 @@ class Engine:
             self._is_stepping = False
             while self._abort_after_step:
                 self.abort(self._abort_after_step.pop())
+
+    def recover(self) -> list[Generation]:
+        """Open again after a step that failed, on a new pool. Returns the generations that ended.
+
+        Requests that ran end with RequestFailedError and the failure as its cause; those that wait
+        keep their places, and pinned adapters are brought in again. Raises what stands in the way,
+        and the engine stays closed; so does one of several processes, which may have failed alone.
+        """
+        assert self._failure is not None, "a step has failed"
+        if not isinstance(self.journal, Alone):
+            raise self._failure
+        error = RequestFailedError(f"the device step that served it failed: {self._failure!r}")
+        error.__cause__ = self._failure
+        self._launched = None
+        self._runner.renew_pool()
+        self.scheduler.lose_pool(error)
+        ended = {}
+        for request_id, (generation, completion) in list(self._running.items()):
+            if completion.request.is_finished:
+                del self._running[request_id]
+                completion.detokenizer.finish()
+                ended[generation.request_id] = generation
+        self._failure = self._closed_because = None
+        return list(ended.values())
 
     def _swap_in(self, output: SchedulerOutput) -> None:
         for version in output.evicted:
@@ -431,10 +487,23 @@ class Engine:
             bytes_read=self._runner.num_bytes,
             swap_ins=self.cache.swap_ins,
             swap_in_bytes=self.cache.swap_in_bytes,
+            prefetches=self.scheduler.prefetches,
             disk_reloads=self.store.disk_reloads,
             evictions=self.cache.evictions,
             preemptions=self.scheduler.preemptions,
             compiles=self._runner.num_compiles,
+            requests_finished=dict(self._served.by_reason),
+            prompt_tokens=self._served.prompt_tokens,
+            output_tokens=self._served.output_tokens,
+            tokens_by_adapter={
+                adapter_id: count
+                for adapter_id, count in self._served.by_adapter.items()
+                if adapter_id is None or adapter_id in self.store.names()
+            },
+            queue_time=self._served.queue_time.snapshot(),
+            ttft=self._served.ttft.snapshot(),
+            tpot=self._served.tpot.snapshot(),
+            latency=self._served.latency.snapshot(),
         )
 
     def close(self) -> None:
@@ -480,10 +549,19 @@ class Engine:
             # What process 0's call was refused, this one's is: nothing has changed in either.
             with contextlib.suppress(SloraError):
                 if call.name == "add_request":
-                    generation = self.add_request(*call.args[:3], prompt=call.args[3])
+                    *what, prompt, client_id, priority, ttft_slo = call.args
+                    generation = self.add_request(
+                        *what,
+                        prompt=prompt,
+                        client_id=client_id,
+                        priority=priority,
+                        ttft_slo=ttft_slo,
+                    )
                     generations[generation.request_id] = generation
                 elif call.name == "abort":
                     self.abort(generations[call.args[0]])
+                elif call.name == "retract":
+                    self.retract(generations.pop(call.args[0]))
                 elif call.name == "step":
                     for generation in self.step():
                         if generation.finished:
@@ -554,6 +632,18 @@ class Engine:
             seed=(base_seed + index) % 2**63,
             logprobs=[],
         )
+
+
+def _check_service(client_id: object, priority: object, ttft_slo: object) -> None:
+    """What the scheduler is told of a request, before it sorts by it."""
+    if client_id is not None and not isinstance(client_id, str):
+        raise InvalidRequestError(f"client_id={client_id!r} must be a string or None")
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise InvalidRequestError(f"priority={priority!r} must be an integer; higher goes first")
+    if ttft_slo is None:
+        return
+    if not isinstance(ttft_slo, int | float) or isinstance(ttft_slo, bool) or not ttft_slo > 0:
+        raise InvalidRequestError(f"ttft_slo={ttft_slo!r} must be a number of seconds above 0")
 
 
 def _metrics(generation: Generation) -> RequestMetrics:

@@ -10,6 +10,8 @@
     ├── InvalidRequestError     a prompt, an argument or a sampling value is wrong
     ├── CapacityError           it can never fit: the message says what is short and by how much
     ├── RequestFailedError      a request that had been accepted could not be finished
+    │   └── DeadlineExceededError   it would have got its first token too late
+    ├── OverloadedError         too many requests wait already: try again later
     ├── EngineClosedError       the engine has been closed
     └── HostLostError           another process that serves the same model is gone
 
@@ -68,6 +70,14 @@ class RequestFailedError(SloraError):
     def __init__(self, message: str, outputs: list | None = None):
         super().__init__(message)
         self.outputs = outputs or []
+
+
+class DeadlineExceededError(RequestFailedError):
+    """A waiting request could not get its first token by its deadline and was given up early."""
+
+
+class OverloadedError(SloraError):
+    """The bounded queue is full: nothing was queued. Try again later, or elsewhere."""
 
 
 class EngineClosedError(SloraError):

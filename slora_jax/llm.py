@@ -12,7 +12,7 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -26,7 +26,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.layout import KVLayout, choose_page_size
 from slora_jax import hosts, loading
 from slora_jax.adapter_partition import AdapterPartition
-from slora_jax.adapter_store import AdapterInfo
+from slora_jax.adapter_store import AdapterInfo, PackedAdapter
 from slora_jax.config import EngineConfig
 from slora_jax.device_memory import measure_step_bytes
 from slora_jax.engine import Engine, Generation
@@ -60,6 +60,16 @@ Params = SamplingParams | Mapping[str, Any] | None
 _NO_LIST = (str, bytes, bytearray, memoryview, Mapping, Set, type)
 """Have items, but are no list of prompts or of token ids."""
 _Checked = tuple[str | None, list[int], SamplingParams, str | None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ReadAdapter:
+    """What was asked for, and what became of it."""
+
+    source: str | os.PathLike[str] | Mapping[str, Any]
+    config: Mapping[str, Any] | None
+    packed: PackedAdapter
+    reload: Callable[[], PackedAdapter] | None
 
 
 class LLM:
@@ -295,7 +305,7 @@ class LLM:
         ]
         with _deferred_interrupt(), self._lock:
             # Some things only queueing refuses: queue once, and take all back.
-            self._abort_all(self._add_all(one_each))
+            self._retract_all(self._add_all(one_each))
         return self._stream(checked)
 
     def _run(self, checked: list[_Checked], progress: bool) -> list[RequestOutput]:
@@ -362,11 +372,15 @@ class LLM:
                         self._engine.add_request(token_ids, params, adapter_id, prompt=text)
                     )
             except BaseException as error:  # a Ctrl-C too must leave nothing in the queue
-                self._abort_all(generations)
+                self._retract_all(generations)
                 if isinstance(error, InvalidRequestError | CapacityError):
                     raise type(error)(f"prompt {len(generations)}: {error}") from error
                 raise
         return generations
+
+    def _retract_all(self, generations: list[Generation]) -> None:
+        for generation in generations:
+            self._engine.retract(generation)
 
     def _abort_all(self, generations: list[Generation]) -> None:
         with self._lock:
@@ -398,10 +412,23 @@ class LLM:
             AdapterInUseError: the name is taken.
             CapacityError: it does not fit in the pool or in ``host_adapter_bytes``.
         """
+        self._check_new_name(name)
+        adapter = self._read_adapter(name, source, config)
+        return self._register_adapter(name, adapter, pinned=pinned)
+
+    def _check_new_name(self, name: str) -> None:
         _check_adapter_name(name)
         with self._lock:
             self._engine.check_name_is_free(name)
-            partition = self._engine.view.adapters
+
+    def _read_adapter(
+        self,
+        name: str,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        config: Mapping[str, Any] | None,
+    ) -> _ReadAdapter:
+        """The slow part of loading, which touches nothing that steps do."""
+        partition = self._engine.view.adapters
         about = self._loaded.hyperparameters
         if isinstance(source, Mapping):
             if config is None:
@@ -427,9 +454,12 @@ class LLM:
                 )
             reload = loading.adapter_loader(source, about, partition, self._dtype, self._host)
             packed = reload()
+        return _ReadAdapter(source, config, packed, reload)
+
+    def _register_adapter(self, name: str, adapter: _ReadAdapter, *, pinned: bool) -> AdapterInfo:
         with self._lock:
-            self._engine.record("load_adapter", name, source, config)
-            info = self._engine.register_adapter(name, packed, reload)
+            self._engine.record("load_adapter", name, adapter.source, adapter.config)
+            info = self._engine.register_adapter(name, adapter.packed, adapter.reload)
             if pinned:
                 try:
                     self._engine.pin_adapter(name)
@@ -568,6 +598,16 @@ class LLM:
             (*self._tokens(index, prompt, special_tokens), params[index], adapters[index])
             for index, prompt in enumerate(prompts)
         ]
+
+    def _check_one(
+        self, prompt: Any, adapter_id: Any, sampling_params: Any
+    ) -> tuple[str | None, list[int], SamplingParams, str | None]:
+        """One request's arguments but for what the engine's state decides; takes no lock."""
+        return (
+            *self._tokens(0, prompt, special_tokens=True),
+            _sampling_params(sampling_params),
+            _adapter_id(adapter_id),
+        )
 
     def _tokens(
         self, index: int, prompt: Any, special_tokens: bool

@@ -284,12 +284,14 @@ class ModelRunner:
         self._forward = make_forward(model, view, mesh, traces)
         head_of, self._weights = over_leaves(model)
         vocab_size, self._hidden_size = model.config.vocab_size, model.config.hidden_size
-        self.pool: Pool = allocate_pool(
+        self._allocate_pool = functools.partial(
+            allocate_pool,
             model.config.num_layers,
             (num_pages, mesh.size * view.kv.rows_per_page, 128),
             dtype,
             named_sharding(mesh, ("pages", "page_rows", "lanes")),
         )
+        self.pool: Pool = self._allocate_pool()
         self._table_width = -(-max_model_len // view.kv.page_size)
         self._adapters: dict[int, ResidentAdapter] = {}
         # Groups that cost collectives are computed once an adapter has them; others are as cheap
@@ -475,6 +477,15 @@ class ModelRunner:
             self._weights, hidden, pack((row_ids, targets)), num_top=_bucket_top(asked)
         )
         return wanted, scores
+
+    def renew_pool(self) -> None:
+        """Start anew after a step failed: an empty pool, no adapters, no tokens on the device."""
+        for array in (*self.pool, self._sampled):
+            array.delete()
+        self._adapters.clear()
+        self._sampled_rows = {}
+        self._sampled = replicate(self._mesh, np.zeros(self.max_num_seqs, np.int32))
+        self.pool = self._allocate_pool()
 
     def close(self) -> None:
         """Give the device memory back."""

@@ -6,6 +6,7 @@ Plain values, snapshots of a request at one moment; nothing here refers to the e
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 FinishReason = str
 """``"stop"`` (end of sequence, stop token or stop string), ``"length"``, ``"abort"``,
@@ -75,6 +76,22 @@ class RequestOutput:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """How seconds are distributed."""
+
+    bounds: tuple[float, ...]
+    """Upper bounds of the buckets, inclusive; a last bucket has none."""
+    counts: tuple[int, ...]
+    """Of each bucket, the last included."""
+    sum: float
+
+    @property
+    def count(self) -> int:
+        """All values."""
+        return sum(self.counts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """What the pool holds now, and what has happened since the engine started."""
 
@@ -104,10 +121,25 @@ class EngineStats:
     swap_ins: int
     swap_in_bytes: int
     disk_reloads: int
+    prefetches: int
+    """Swap-ins for requests that were still waiting."""
     evictions: int
     preemptions: int
     compiles: int
     """Programs compiled so far: steady state adds none."""
+    requests_finished: Mapping[str, int]
+    """Completions that ended, by reason: ``stop``, ``length``, ``abort`` (by the caller),
+    ``deadline`` (early abort), ``error``."""
+    prompt_tokens: int
+    """Of requests that ended and got a token."""
+    output_tokens: int
+    """Of requests that ended."""
+    tokens_by_adapter: Mapping[str | None, int]
+    """Prompts' and outputs' of requests that ended, by loaded adapter; None is the base model."""
+    queue_time: Histogram
+    ttft: Histogram
+    tpot: Histogram
+    latency: Histogram
 
     def __str__(self) -> str:
         mib = self.page_bytes / 2**20
@@ -129,5 +161,7 @@ class EngineStats:
                 f"({self.swap_in_bytes / 2**20:.1f} MiB), {self.disk_reloads} disk reloads, "
                 f"{self.evictions} evictions, {self.preemptions} preemptions, "
                 f"{self.compiles} compiles",
+                "ended: "
+                + (", ".join(f"{n} {why}" for why, n in self.requests_finished.items()) or "none"),
             ]
         )

@@ -45,6 +45,13 @@ class Request:
     """Bound when the request is made, so that it finishes on the weights it started with."""
     eos_token_ids: tuple[int, ...] = ()
     """What ends the sequence unless ``sampling_params.ignore_eos``."""
+    client_id: str | None = None
+    """On whose behalf: what fair scheduling is fair over."""
+    priority: int = 0
+    """Higher ones are admitted first."""
+    deadline: float | None = None
+    """Moment on the scheduler's clock by which the first token must come; a request that waits and
+    can no longer make it is aborted."""
 
     # State. `output_token_ids` grows by the scheduler's append_token.
     status: RequestStatus = RequestStatus.WAITING
@@ -56,12 +63,15 @@ class Request:
     pages: list[int] = dataclasses.field(default_factory=list)
     """The page table: page ``i`` holds the tokens from ``i * page_size`` on."""
 
+    arrival_order: int = 0
+    """Among all requests of its scheduler."""
+
     # Outcome.
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop token or stop string that ended it."""
     error: Exception | None = None
-    """Why ``finish_reason`` is ``"error"``."""
+    """Why ``finish_reason`` is ``"error"``, or which deadline it is ``"abort"`` for."""
 
     # Moments, on the scheduler's clock; None until they come.
     arrival_time: float = 0.0

@@ -1,9 +1,10 @@
 """Scheduler: what each step computes, and who waits, runs and yields.
 
-Owns the requests from ``add`` to ``finish``, their page tables, and the order in which they are
-served. It returns a value that describes the step and touches no array, so a simulated device
-drives it as well as a real one. It refuses to know how a step is computed or how long that takes,
-what its tokens mean, and what an adapter or a page contains.
+Owns the requests from ``add`` to ``finish`` and their page tables. In what order those who wait are
+admitted is a policy's (``policies``, within the bounds that ``waiting`` keeps). It returns a value
+that describes the step and touches no array, so a simulated device drives it as well as a real one.
+It refuses to know how a step is computed or how long that takes, what its tokens mean, and what an
+adapter or a page contains.
 
 One step, with the engine's part indented::
 
@@ -31,14 +32,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 
 from slora_jax.adapter_cache import AdapterCache, SwapIn
 from slora_jax.adapter_store import AdapterStore
-from slora_jax.errors import AdapterLoadError, CapacityError
+from slora_jax.config import EngineConfig
+from slora_jax.errors import AdapterLoadError, CapacityError, DeadlineExceededError
 from slora_jax.page_allocator import Owner, PageAllocator
+from slora_jax.policies import Policy, make_policy
 from slora_jax.request import FinishReason, Request, RequestStatus
+from slora_jax.waiting import WaitingRequests
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,7 +70,8 @@ class SchedulerOutput:
     preempted: tuple[Request, ...] = ()
     """Requests that gave up their pages; they run again later, with the same output."""
     failed: tuple[Request, ...] = ()
-    """Requests finished with ``"error"``: their adapter could not be read."""
+    """Requests that ended before they were served: with ``"error"``, their adapter could not be
+    read; or with ``"abort"``, their deadline could not be met."""
 
     @property
     def is_empty(self) -> bool:
@@ -74,56 +79,25 @@ class SchedulerOutput:
         return not self.decode and not self.prefill
 
 
-class WaitingLine:
-    """Requests that are not running, in the order in which they will be admitted.
-
-    Every operation is O(1): the line may be 10,000 long, and an abort may hit any of them. An
-    OrderedDict, because looking for a plain dict's first key walks over all that were deleted
-    before it.
-    """
-
-    def __init__(self) -> None:
-        self._requests: OrderedDict[str, Request] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def push(self, request: Request) -> None:
-        """A new request: last in line."""
-        self._requests[request.request_id] = request
-
-    def push_front(self, request: Request) -> None:
-        """A preempted request: first in line."""
-        self.push(request)
-        self._requests.move_to_end(request.request_id, last=False)
-
-    def peek(self) -> Request | None:
-        """Who is next, or None."""
-        return next(iter(self._requests.values()), None)
-
-    def pop(self) -> Request:
-        """Take out who is next."""
-        return self._requests.popitem(last=False)[1]
-
-    def remove(self, request: Request) -> None:
-        """Take out anyone."""
-        del self._requests[request.request_id]
-
-
 class Scheduler:
     """Continuous batching with chunked prefill over one pool of pages.
 
-    **Order.** Running requests are served in the order of their admission. When pages are short,
-    idle adapters are evicted, then the running request admitted last is preempted: its pages are
-    freed, its tokens are computed again later. The adapter of a running request never leaves.
-    Preempted requests stand at the front of the waiting line, so running and waiting requests
-    together keep the order of arrival, and nobody overtakes.
+    **Order.** Requests are admitted in the policy's order, up to the first that does not fit yet:
+    nobody is admitted past it. Running requests are served in the order of their admission. When
+    pages are short, idle adapters are evicted, then the running request admitted last is preempted:
+    its pages are freed, its tokens are computed again later. The adapter of a running request never
+    leaves. Preempted requests are next before all that wait, so nobody overtakes them.
 
     **Progress.** The first running request is preempted by nobody else, gets its chunk in every
     step, and so finishes: were it alone, everything not pinned would be its to use, and ``add`` and
     ``pin_adapter`` refuse whatever would make that too little. Then the next one is first. With
-    nobody running, whoever is first in line is admitted. So each request finishes, whatever arrives
-    behind it.
+    nobody running, whoever is next is admitted. So each admitted request finishes, and each waiting
+    one is admitted after a bounded number of others (``WaitingRequests``), whatever arrives.
+
+    **Prefetch.** Of the next ``prefetch`` waiting requests, adapters that are resident become the
+    most recently used, so that they are evicted last; others are swapped in as far as pages are
+    free or held by idle adapters that none of these requests needs. A prefetched adapter is idle
+    until its request is admitted, so whoever runs and is short of pages takes them.
 
     **Invariants.** A request is waiting, running or finished, and has pages only while it runs.
     Each unfinished request holds its adapter's version in the store; each running one has one
@@ -141,8 +115,14 @@ class Scheduler:
         max_num_batched_tokens: int,
         prefill_tile: int,
         max_model_len: int,
+        policy: Policy | None = None,
+        max_overtakes: int = 32,
+        prefetch: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
+        """``policy``: the order of admission; None is first come, first served. ``max_overtakes``:
+        see ``WaitingRequests``. ``prefetch``: waiting requests whose adapters are fetched ahead.
+        """
         assert max_num_batched_tokens % prefill_tile == 0, "EngineConfig checks it"
         self._allocator = allocator
         self._cache = cache
@@ -153,10 +133,15 @@ class Scheduler:
         self._prefill_tile = prefill_tile
         self._max_model_len = max_model_len
         self._clock = clock
-        self._waiting = WaitingLine()
+        self._prefetch_depth = prefetch
+        self._waiting = WaitingRequests(policy or Policy(), max_overtakes=max_overtakes)
         self._running: dict[str, Request] = {}  # in order of admission
         self._requests: dict[str, Request] = {}  # all that are not finished
         self.preemptions = 0
+        self.on_finish: Callable[[Request], None] = lambda request: None
+        """Told of each request that has ended."""
+        self.prefetches = 0
+        """How often an adapter was swapped in for a request that still waits."""
 
     @property
     def has_unfinished(self) -> bool:
@@ -202,6 +187,7 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             del self._running[request.request_id]
             self._give_up_pages(request)
+            self._waiting.policy.left(request)
         else:
             self._waiting.remove(request)
         del self._requests[request.request_id]
@@ -212,13 +198,25 @@ class Scheduler:
         request.stop_reason = stop_reason
         request.error = error
         request.finish_time = self._clock()
+        self.on_finish(request)
 
-    def abort(self, request_id: str) -> Request | None:
+    def abort(self, request_id: str, stop_reason: str | None = None) -> Request | None:
         """Finish a request with ``"abort"``; None where no unfinished one has this id."""
         request = self._requests.get(request_id)
         if request is not None:
-            self.finish(request, "abort")
+            self.finish(request, "abort", stop_reason)
         return request
+
+    def lose_pool(self, error: Exception) -> None:
+        """Everything in the pool is gone: end what runs with ``error``, and let the others wait.
+
+        Tokens in flight are lost and will be sampled again. Pinned adapters come in anew.
+        """
+        for request in list(self._running.values()):
+            self.finish(request, "error", error=error)
+        for request in self._requests.values():
+            request.num_tokens_in_flight = 0
+        self._cache.lose_pool()
 
     # -- a step: schedule / update -------------------------------------------------------------
 
@@ -230,7 +228,7 @@ class Scheduler:
         """
         chunks: list[Chunk] = []
         preempted: list[Request] = []
-        failed: list[Request] = []
+        failed = self._abort_hopeless()
         budget = self._max_num_batched_tokens
         reserved = 0  # pages that the running requests will want soon
         for request in list(self._running.values()):
@@ -244,7 +242,10 @@ class Scheduler:
                 budget -= self._prefill_cost(num_tokens)
             reserved += self._pages_wanted(request)
         if not preempted:
+            # Before admission evicts what the next ones need.
+            self._cache.touch(self._upcoming_versions())
             self._admit(budget, reserved, chunks, failed)
+            self._prefetch(reserved)
         decode = [chunk for chunk in chunks if chunk.num_tokens == 1]
         # Rows of one adapter side by side read it while it is in the nearest cache: 4 % on a CPU.
         decode.sort(key=lambda chunk: chunk.request.adapter_version)
@@ -276,9 +277,12 @@ class Scheduler:
         assert request.num_tokens_in_flight > 0, "no launched step samples for it"
         request.num_tokens_in_flight -= 1
         request.output_token_ids.append(token_id)
+        self._waiting.policy.sampled(request)
         request.last_token_time = self._clock()
         if request.first_token_time is None:
             request.first_token_time = request.last_token_time
+            assert request.first_scheduled_time is not None, "it has been admitted"
+            self._waiting.note_first_token(request.first_token_time - request.first_scheduled_time)
 
     # -- kept whatever comes: pin / unpin ------------------------------------------------------
 
@@ -309,15 +313,47 @@ class Scheduler:
 
     # -- how schedule does it ------------------------------------------------------------------
 
+    def _abort_hopeless(self) -> list[Request]:
+        """Early abort: whoever would miss its deadline makes room for those who will not."""
+        now = self._clock()
+        hopeless = self._waiting.hopeless(now)
+        for request in hopeless:
+            assert request.deadline is not None
+            message = (
+                f"request {request.request_id!r} waited {now - request.arrival_time:.2f} s and "
+                f"would not get its first token within {request.deadline - request.arrival_time:g} "
+                "s of its arrival: send fewer requests, or give it more time"
+            )
+            self.finish(request, "abort", "deadline", DeadlineExceededError(message))
+        self._waiting.policy.advance(now)
+        return hopeless
+
+    def _prefetch(self, reserved: int) -> None:
+        """Bring in adapters of those who are about to be admitted; see the class."""
+        versions = self._upcoming_versions()
+        wanted = self._cache.touch(versions)
+        for version in versions:
+            try:
+                fetched = self._cache.prefetch(version, spare=reserved + wanted)
+            except AdapterLoadError:
+                continue  # its request will be told when it is admitted
+            if fetched:
+                self.prefetches += 1
+                wanted += self._store.num_pages(version)
+
+    def _upcoming_versions(self) -> list[int]:
+        upcoming = self._waiting.upcoming(self._prefetch_depth)
+        return list(dict.fromkeys(request.adapter_version for request in upcoming))
+
     def _admit(
         self, budget: int, reserved: int, chunks: list[Chunk], failed: list[Request]
     ) -> None:
-        """Admit from the front of the line, up to the first that does not fit.
+        """Admit whoever is next, up to the first that does not fit.
 
         A request is admitted when there is room for *all* its known tokens and for what the running
         requests will want soon, though it gets only the pages of its first chunk. With room for the
         first chunk alone, a long prompt would be admitted, run short, be preempted with its work
-        lost, and stand first in line for the next try.
+        lost, and be next for another try.
         """
         while len(self._running) < self._max_num_seqs:
             request = self._waiting.peek()
@@ -339,7 +375,7 @@ class Scheduler:
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = now
                 request.adapter_load_time = now - before
-            self._waiting.pop()
+            self._waiting.admit(request)
             request.status = RequestStatus.RUNNING
             self._running[request.request_id] = request
             self._extend_pages(request, num_tokens, preempted=None)
@@ -412,7 +448,7 @@ class Scheduler:
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
         self.preemptions += 1
-        self._waiting.push_front(request)
+        self._waiting.resume_later(request)
 
     def _give_up_pages(self, request: Request) -> None:
         self._allocator.free(request.pages, _owner(request))
@@ -484,6 +520,43 @@ class Scheduler:
                 assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
                 assert not request.pages
                 assert request.num_computed_tokens == 0
+
+
+def make_scheduler(
+    config: EngineConfig,
+    allocator: PageAllocator,
+    cache: AdapterCache,
+    store: AdapterStore,
+    *,
+    page_size: int,
+    max_num_seqs: int,
+    prefill_tile: int,
+    max_num_batched_tokens: int,
+    max_model_len: int,
+    clock: Callable[[], float],
+    policy: Policy | None = None,
+) -> Scheduler:
+    """What ``config`` asks for, over sizes that were found out for a model and a device.
+
+    ``policy`` takes the place of ``config.scheduler``, for orders that have no name.
+    """
+    named = make_policy(
+        config.scheduler, cluster_size=config.cluster_size, fair_over=config.fair_over
+    )
+    return Scheduler(
+        allocator,
+        cache,
+        store,
+        page_size=page_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        prefill_tile=prefill_tile,
+        max_model_len=max_model_len,
+        policy=policy or named,
+        max_overtakes=config.max_overtakes,
+        prefetch=config.prefetch,
+        clock=clock,
+    )
 
 
 def _owner(request: Request) -> Owner:

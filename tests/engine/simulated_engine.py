@@ -59,7 +59,7 @@ class AdapterFiles:
         return self.packed
 
 
-def request(name, num_prompt=4, max_new=4, *, version=0, arrival_time=0.0) -> Request:
+def request(name, num_prompt=4, max_new=4, *, version=0, arrival_time=0.0, **fields) -> Request:
     seed = sum(name.encode())
     return Request(
         request_id=name,
@@ -68,6 +68,7 @@ def request(name, num_prompt=4, max_new=4, *, version=0, arrival_time=0.0) -> Re
         max_total_tokens=num_prompt + max_new,
         adapter_version=version,
         arrival_time=arrival_time,
+        **fields,
     )
 
 
@@ -142,6 +143,9 @@ class SimulatedEngine:
         budget_bytes=None,
         lag=0,
         stop_token=None,
+        policy=None,
+        max_overtakes=32,
+        prefetch=0,
         clock=lambda: 0.0,
     ):
         self.allocator = PageAllocator(num_pages)
@@ -156,6 +160,9 @@ class SimulatedEngine:
             max_num_batched_tokens=max_num_batched_tokens,
             prefill_tile=prefill_tile,
             max_model_len=max_model_len,
+            policy=policy,
+            max_overtakes=max_overtakes,
+            prefetch=prefetch,
             clock=clock,
         )
         self.device = SimulatedDevice(page_size)

@@ -26,6 +26,7 @@ from slora_jax.errors import (
     AdapterNotFoundError,
     CapacityError,
 )
+from slora_jax.policies import SCHEDULERS, make_policy
 from slora_jax.request import RequestStatus
 from tests.engine.simulated_engine import (
     STOP_TOKEN,
@@ -52,10 +53,24 @@ class HostHalf(RuleBasedStateMachine):
         budget_bytes=st.sampled_from([None, 0, 10, 25, 60]),
         lag=st.integers(0, 2),
         adapters=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 30)), min_size=2, max_size=5),
+        scheduler=st.sampled_from(SCHEDULERS),
+        prefetch=st.sampled_from([0, 3]),
     )
     def make_engine(
-        self, num_pages, page_size, max_num_seqs, tile, num_tiles, budget_bytes, lag, adapters
+        self,
+        num_pages,
+        page_size,
+        max_num_seqs,
+        tile,
+        num_tiles,
+        budget_bytes,
+        lag,
+        adapters,
+        scheduler,
+        prefetch,
     ):
+        self.now = 0.0  # counts steps
+        self.is_fcfs = scheduler == "fcfs"  # and then without priorities and deadlines
         self.page_size = page_size
         self.budget = tile * num_tiles
         self.tile = tile
@@ -69,6 +84,10 @@ class HostHalf(RuleBasedStateMachine):
             budget_bytes=budget_bytes,
             lag=lag,
             stop_token=STOP_TOKEN,
+            policy=make_policy(scheduler, cluster_size=2),
+            max_overtakes=3,
+            prefetch=prefetch,
+            clock=lambda: self.now,
         )
         self.digests = {0: None}  # of every version there ever was
         self.files = {}  # version → its files, where it has some
@@ -166,7 +185,14 @@ class HostHalf(RuleBasedStateMachine):
     @rule(
         target=requests,
         shapes=st.lists(
-            st.tuples(st.integers(1, 12), st.integers(1, 16), st.integers(-2, 6)),
+            st.tuples(
+                st.integers(1, 12),
+                st.integers(1, 16),
+                st.integers(-2, 6),
+                st.integers(0, 1),
+                st.sampled_from("ab"),
+                st.one_of(st.none(), st.integers(1, 30)),
+            ),
             min_size=1,
             max_size=5,
         ),
@@ -174,12 +200,15 @@ class HostHalf(RuleBasedStateMachine):
     def add(self, shapes):
         return multiple(*filter(None, [self._add(*shape) for shape in shapes]))
 
-    def _add(self, num_prompt, max_new, which):
+    def _add(self, num_prompt, max_new, which, priority, client_id, slo):
         engine = self.engine
         version = 0
         if which >= 0 and engine.store.names():
             version = engine.store.resolve(self.loaded(which))
         made = request(str(len(self.added)), num_prompt, max_new, version=version)
+        if not self.is_fcfs:
+            made.priority, made.client_id = priority, client_id
+            made.deadline = None if slo is None else self.now + slo
         needed = -(-(num_prompt + max_new - 1) // self.page_size) + engine.cache.pinned_pages
         if not engine.cache.is_pinned(version):
             needed += engine.store.num_pages(version)
@@ -194,8 +223,9 @@ class HostHalf(RuleBasedStateMachine):
 
     @rule(made=consumes(requests))
     def abort(self, made):
+        was_finished = made.is_finished
         aborted = self.engine.scheduler.abort(made.request_id)
-        assert (aborted is None) == (made.finish_reason != "abort")
+        assert (aborted is None) == was_finished
 
     @precondition(lambda self: self.engine.scheduler.has_unfinished)
     @rule(num_steps=st.integers(1, 20))
@@ -212,6 +242,7 @@ class HostHalf(RuleBasedStateMachine):
             and r.num_tokens_with_in_flight - r.num_computed_tokens == 1
             and r.num_tokens_with_in_flight < r.max_total_tokens
         ]
+        self.now += 1.0
         output = self.engine.step()
         served = [c.request for c in (*output.decode, *output.prefill)]
         assert len(served) == len(set(served))
@@ -222,14 +253,22 @@ class HostHalf(RuleBasedStateMachine):
         assert all(c.num_tokens > 1 for c in output.prefill)
         padded = sum(-(-c.num_tokens // self.tile) * self.tile for c in output.prefill)
         assert padded <= self.budget
-        assert all(r.adapter_version in self.unreadable for r in output.failed)
+        for r in output.failed:
+            if r.finish_reason == "error":
+                assert r.adapter_version in self.unreadable
+            else:
+                assert (r.finish_reason, r.stop_reason) == ("abort", "deadline")
+                assert r.first_scheduled_time is None
+        if not self.is_fcfs:
+            return
         # Who came first is served first.
         seen = set(self.first_scheduled)
         self.first_scheduled += [r for r in self.added if r in served and r not in seen]
         assert self.first_scheduled == sorted(self.first_scheduled, key=self.added.index)
         # And who is preempted loses no place.
         scheduler = self.engine.scheduler
-        order = [*scheduler._running, *scheduler._waiting._requests]
+        waiting = scheduler._waiting.upcoming(len(self.added))
+        order = [*scheduler._running, *(r.request_id for r in waiting)]
         assert order == [r.request_id for r in self.added if not r.is_finished]
 
     # -- what always holds ---------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 
 from slora_jax.errors import AdapterLoadError, CapacityError
 from slora_jax.request import RequestStatus
-from slora_jax.scheduler import SchedulerOutput, WaitingLine
+from slora_jax.scheduler import SchedulerOutput
 from tests.engine.simulated_engine import (
     STOP_TOKEN,
     AdapterFiles,
@@ -14,7 +14,6 @@ from tests.engine.simulated_engine import (
     chunks,
     ids,
     packed_adapter,
-    request,
     tokens_alone,
 )
 
@@ -30,23 +29,6 @@ def step(engine) -> dict:
     output = engine.step()
     engine.scheduler.check_invariants()
     return chunks(output)
-
-
-# -- the waiting line ------------------------------------------------------------------------------
-
-
-def test_waiting_line():
-    line = WaitingLine()
-    assert line.peek() is None
-    a, b, c, d = map(request, "abcd")
-    for r in (a, b, c):
-        line.push(r)
-    line.push_front(d)
-    line.remove(b)
-    assert len(line) == 3
-    assert line.peek() is d
-    assert ids([line.pop(), line.pop(), line.pop()]) == ["d", "a", "c"]
-    assert len(line) == 0
 
 
 # -- steps -----------------------------------------------------------------------------------------
@@ -364,9 +346,9 @@ def test_moments():
     r = engine.add("a", 4, 2, arrival_time=-5.0)
     assert r.first_scheduled_time is None
     engine.run()
-    # Before and after fetching the adapter, first token, last token, end.
-    assert (r.first_scheduled_time, r.adapter_load_time) == (1, 1)
-    assert (r.first_token_time, r.last_token_time, r.finish_time) == (2, 3, 4)
+    # Schedule, before and after fetching the adapter, first token; schedule, last token, end.
+    assert (r.first_scheduled_time, r.adapter_load_time) == (2, 1)
+    assert (r.first_token_time, r.last_token_time, r.finish_time) == (3, 5, 6)
 
 
 # -- what can never fit ----------------------------------------------------------------------------
