@@ -1,6 +1,10 @@
 """slora-jax: thousands of LoRA adapters of one Llama base model, served together by JAX."""
 
 from slora_jax.adapter_store import AdapterInfo as AdapterInfo
+from slora_jax.base_model import load_base_model as load_base_model
+from slora_jax.base_model import merge_adapter as merge_adapter
+from slora_jax.base_model import save_adapter as save_adapter
+from slora_jax.base_model import write_llama as write_llama
 from slora_jax.config import EngineConfig as EngineConfig
 from slora_jax.errors import AdapterError as AdapterError
 from slora_jax.errors import AdapterInUseError as AdapterInUseError
@@ -13,7 +17,9 @@ from slora_jax.errors import InvalidRequestError as InvalidRequestError
 from slora_jax.errors import ModelLoadError as ModelLoadError
 from slora_jax.errors import RequestFailedError as RequestFailedError
 from slora_jax.errors import SloraError as SloraError
+from slora_jax.errors import TrainingError as TrainingError
 from slora_jax.llm import LLM as LLM
+from slora_jax.loading import LoadedModel as LoadedModel
 from slora_jax.outputs import CompletionOutput as CompletionOutput
 from slora_jax.outputs import EngineStats as EngineStats
 from slora_jax.outputs import Logprob as Logprob
@@ -37,6 +43,7 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "InvalidRequestError",
+    "LoadedModel",
     "Logprob",
     "ModelLoadError",
     "RequestFailedError",
@@ -44,4 +51,9 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SloraError",
+    "TrainingError",
+    "load_base_model",
+    "merge_adapter",
+    "save_adapter",
+    "write_llama",
 ]

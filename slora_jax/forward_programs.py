@@ -196,7 +196,7 @@ class LayeredForward:
     end."""
 
     def __init__(self, model: Llama, view: PoolView):
-        call, self._outer_weights = over_leaves(_without_layers(model))
+        call, self._outer_weights = over_leaves(without_layers(model))
         layers = [over_leaves(block) for block in model.layers]
         call_block = layers[0][0]  # all layers have one structure
         self._layer_weights = [weights for _, weights in layers]
@@ -215,7 +215,7 @@ class LayeredForward:
             context: StepContext,
             layer: jax.Array,
         ) -> tuple[jax.Array, jax.Array]:
-            return call_block(weights)(x, pool, context, layer, view)
+            return call_block(weights)(x, pool, context, layer)
 
         def end(weights: Weights, x: jax.Array, ending_row: jax.Array) -> Hidden:
             hidden = call(weights).final_norm(x)
@@ -266,7 +266,7 @@ def count_compiles(*programs: Any) -> int:
     return sum(program._cache_size() for program in programs)
 
 
-def _without_layers(model: Llama) -> Llama:
+def without_layers(model: Llama) -> Llama:
     """The same arrays, less the layers."""
     outer = nnx.merge(*nnx.split(model))
     outer.layers = nnx.List([])

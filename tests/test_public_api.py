@@ -22,6 +22,7 @@ PUBLIC_NAMES = [
     "EngineConfig",
     "EngineStats",
     "InvalidRequestError",
+    "LoadedModel",
     "Logprob",
     "ModelLoadError",
     "RequestFailedError",
@@ -29,6 +30,11 @@ PUBLIC_NAMES = [
     "RequestOutput",
     "SamplingParams",
     "SloraError",
+    "TrainingError",
+    "load_base_model",
+    "merge_adapter",
+    "save_adapter",
+    "write_llama",
 ]
 
 ERRORS = {

@@ -9,6 +9,7 @@ comes back. Knows neither requests nor the scheduler: a ForwardBatch is all it s
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -79,21 +80,53 @@ class PoolView:
     """Implementation of both ops (``pallas_kernels.dispatch``)."""
 
 
+class Context(Protocol):
+    """What all layers share within a forward pass, and how they reach K, V and adapters: through
+    pages (``StepContext``), or dense (``slora_jax.training.forward``)."""
+
+    @property
+    def angles(self) -> tuple[jax.Array, jax.Array]:
+        """Of RoPE: (cos, sin), each f32[T, 1, head_dim / 2]."""
+        ...
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Causal attention of each token over its own sequence: ([T, Hq, Dh], the layer's pool).
+
+        ``q`` [T, Hq, Dh], ``k`` and ``v`` [T, Hkv, Dh], after RoPE.
+        """
+        ...
+
+    def lora_of_layer(self, layer: int | jax.Array) -> AddLora:
+        """The LoRA term of one layer, as its linears call it."""
+        ...
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepContext:
-    """What all layers share within a step: computed once, read by each."""
+    """The Context of a serving step: computed once, read by each layer."""
 
     angles: tuple[jax.Array, jax.Array]
-    """Of RoPE: (cos, sin), each f32[T, 1, head_dim / 2]."""
 
     attention: Plan
 
     lora: Plan | None
     """None where every token is the base model's."""
 
-    def lora_of_layer(self, layer: int | jax.Array, view: PoolView) -> AddLora:
-        """The LoRA term of one layer, as its linears call it."""
+    view: PoolView = dataclasses.field(metadata={"static": True})
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Write K and V to their slots, then attend over the paged history."""
+        pool = kv_write(pool, k, v, self.attention, layout=self.view.kv)
+        scale = q.shape[-1] ** -0.5
+        return paged_attention(q, pool, self.attention, layout=self.view.kv, scale=scale), pool
+
+    def lora_of_layer(self, layer: int | jax.Array) -> AddLora:
+        """See ``Context``."""
         plan = self.lora
         if plan is None:
             return no_lora
@@ -104,12 +137,12 @@ class StepContext:
             plan,
             layer=layer,
             group=group,
-            layout=view.adapters,
+            layout=self.view.adapters,
         )
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention over the paged history of each token's own sequence."""
+    """Grouped-query attention over the history of each token's own sequence."""
 
     def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
@@ -124,9 +157,8 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         pool: jax.Array,
-        context: StepContext,
+        context: Context,
         add_lora: AddLora,
-        view: PoolView,
     ) -> tuple[jax.Array, jax.Array]:
         """``x`` [T, hidden] → (same, this layer's pool with the new K and V in it)."""
         cfg, tokens = self.config, x.shape[0]
@@ -135,14 +167,7 @@ class Attention(nnx.Module):
         q = apply_rope(q.reshape(tokens, cfg.num_heads, cfg.head_dim), context.angles)
         k = apply_rope(k.reshape(tokens, cfg.num_kv_heads, cfg.head_dim), context.angles)
         v = v.reshape(tokens, cfg.num_kv_heads, cfg.head_dim)
-        pool = kv_write(pool, k, v, context.attention, layout=view.kv)
-        attended = paged_attention(
-            q,
-            pool,
-            context.attention,
-            layout=view.kv,
-            scale=cfg.head_dim**-0.5,
-        )
+        attended, pool = context.attend(q, k, v, pool)
         return self.out(attended.reshape(tokens, q_size), pool, add_lora), pool
 
 
@@ -176,17 +201,16 @@ class Block(nnx.Module):
         self,
         x: jax.Array,
         pool: jax.Array,
-        context: StepContext,
+        context: Context,
         layer: int | jax.Array,
-        view: PoolView,
     ) -> tuple[jax.Array, jax.Array]:
         """``x`` [T, hidden] and this layer's ``pool`` [P, R, 128] → the same two, after the layer.
 
         ``layer`` is its index, which only the adapters' scaling depends on.
         """
-        add_lora = context.lora_of_layer(layer, view)
+        add_lora = context.lora_of_layer(layer)
         with jax.named_scope("attention"):
-            delta, pool = self.attention(self.input_norm(x), pool, context, add_lora, view)
+            delta, pool = self.attention(self.input_norm(x), pool, context, add_lora)
         x = x + delta
         with jax.named_scope("mlp"):
             return x + self.mlp(self.post_attention_norm(x), pool, add_lora), pool
@@ -214,7 +238,7 @@ class Llama(nnx.Module):
         new_pool = []
         for layer, (block, layer_pool) in enumerate(zip(self.layers, pool, strict=True)):
             with jax.named_scope(f"layer_{layer}"):
-                x, layer_pool = block(x, layer_pool, context, layer, view)
+                x, layer_pool = block(x, layer_pool, context, layer)
             new_pool.append(layer_pool)
         return self.final_norm(x), tuple(new_pool)
 
@@ -233,6 +257,7 @@ class Llama(nnx.Module):
             lora=None
             if lora is None
             else lora_op.prepare(lora, view.adapters, implementation=view.kernels),
+            view=view,
         )
         return self.embed_tokens(batch.token_ids), context
 
