@@ -234,8 +234,10 @@ class Trainer:
             adapter: Arrays, state: optax.OptState, weights: BaseWeights, batch: TrainingBatch
         ) -> tuple[Arrays, optax.OptState, jax.Array]:
             loss, grads = self._loss_and_grads(adapter, weights, batch)
-            updates, state = optimizer.update(grads, state, adapter)
-            return optax.apply_updates(adapter, updates), state, loss  # type: ignore[return-value]
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and float32
+                updates, state = optimizer.update(grads, state, adapter)
+                adapter = optax.apply_updates(adapter, updates)  # type: ignore[assignment]
+            return adapter, state, loss
 
         return step
 
