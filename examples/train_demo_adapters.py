@@ -31,8 +31,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DEMO_ADAPTERS)
     parser.add_argument("--checkpoints", type=Path, help="a folder for them: one a task")
     parser.add_argument("--steps", type=int, help="in place of each task's own number")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a row")
     args = parser.parse_args()
 
     on_cpu = jax.devices()[0].platform == "cpu"
@@ -41,8 +39,8 @@ def main() -> None:
         task = TASKS[name]
         config = TrainingConfig(
             num_steps=args.steps or task.num_steps,
-            batch_size=args.batch_size,
-            max_length=args.max_length,
+            batch_size=task.batch_size,
+            max_length=task.max_length,
             learning_rate=task.learning_rate,
             warmup_steps=20,
         )

@@ -7,6 +7,8 @@ from slora_jax.training.data import chat_example as chat_example
 from slora_jax.training.forward import DenseLlama as DenseLlama
 from slora_jax.training.lora import init_adapter as init_adapter
 from slora_jax.training.lora import stack_adapter as stack_adapter
+from slora_jax.training.lora import stack_scaling as stack_scaling
+from slora_jax.training.lora import unstack_adapter as unstack_adapter
 from slora_jax.training.trainer import Trainer as Trainer
 from slora_jax.training.trainer import TrainingConfig as TrainingConfig
 
@@ -20,4 +22,6 @@ __all__ = [
     "chat_example",
     "init_adapter",
     "stack_adapter",
+    "stack_scaling",
+    "unstack_adapter",
 ]

@@ -10,19 +10,21 @@ losses and optimisers.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from slora_jax.forward_programs import Weights, over_leaves, without_layers
 from slora_jax.layers.linear import AddLora, dot
 from slora_jax.layers.rope import inverse_frequencies, rope_angles
 from slora_jax.models.llama import Llama, LlamaConfig
-from slora_jax.training.lora import StackedLora
+from slora_jax.training.lora import Stacked
 
-LayerLora = dict[str, tuple[jax.Array, jax.Array, jax.Array]]
-"""Of one layer: target → (a [r, in], b [out, r], scaling f32[])."""
+LayerLora = dict[str, tuple[jax.Array, jax.Array]]
+"""Of one layer: target → (a [r, in], b [out, r])."""
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +47,8 @@ class DenseContext:
     mask: jax.Array
     """bool[B, 1, S, S]: whether a token (third axis) sees another (last axis)."""
     lora: LayerLora
+    scaling: Mapping[str, jax.Array]
+    """Of one layer: target → f32[]."""
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array
@@ -72,8 +76,8 @@ class DenseContext:
             if target not in self.lora:
                 deltas.append(jnp.zeros((len(y), size), y.dtype))
                 continue
-            a, b, scaling = self.lora[target]
-            shrunk = scaling * dot(x, a.astype(x.dtype), out_dtype=jnp.float32)
+            a, b = self.lora[target]
+            shrunk = self.scaling[target] * dot(x, a.astype(x.dtype), out_dtype=jnp.float32)
             deltas.append(dot(shrunk.astype(x.dtype), b.astype(x.dtype)))
         return y + jnp.concatenate(deltas, axis=-1)
 
@@ -82,9 +86,9 @@ class DenseLlama:
     """A Llama as a function of (weights, adapter, tokens): ``hidden`` and ``logits``.
 
     Example:
-        >>> dense = DenseLlama(base.model)
-        >>> lora = stack_adapter(arrays, modules, dense.config.num_layers)
-        >>> hidden = dense.hidden(dense.weights, lora, token_ids, positions, segment_ids)
+        >>> dense, depth = DenseLlama(base.model), base.model.config.num_layers
+        >>> lora, scaling = stack_adapter(arrays, modules, depth), stack_scaling(modules, depth)
+        >>> hidden = dense.hidden(dense.weights, lora, scaling, token_ids, positions, segment_ids)
 
     Args:
         model: the base; its arrays stay as they are, those of the layers are copied.
@@ -107,7 +111,8 @@ class DenseLlama:
     def hidden(
         self,
         weights: BaseWeights,
-        lora: StackedLora,
+        lora: Stacked,
+        scaling: Mapping[str, ArrayLike],
         token_ids: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array,
@@ -117,6 +122,7 @@ class DenseLlama:
         Args:
             weights: ``self.weights``, an argument so that jit does not copy it into the program.
             lora: ``{}`` is the base model.
+            scaling: f32[L] of each target in ``lora``.
             token_ids: i32[B, S].
             positions: i32[B, S]: of each token in its own sequence.
             segment_ids: i32[B, S]: tokens of one row see those before them with the same id.
@@ -128,16 +134,20 @@ class DenseLlama:
         mask = same & jnp.tri(length, dtype=bool)[None, None]
         no_pool = jnp.zeros(0)
 
-        def layer(x: jax.Array, sliced: tuple[Weights, LayerLora]) -> tuple[jax.Array, None]:
-            block_weights, layer_lora = sliced
-            context = DenseContext(config=cfg, angles=angles, mask=mask, lora=layer_lora)
+        def layer(
+            x: jax.Array, sliced: tuple[Weights, LayerLora, Mapping[str, jax.Array]]
+        ) -> tuple[jax.Array, None]:
+            block_weights, layer_lora, layer_scaling = sliced
+            context = DenseContext(
+                config=cfg, angles=angles, mask=mask, lora=layer_lora, scaling=layer_scaling
+            )
             x, _ = self._block(block_weights)(x, no_pool, context, 0)
             return x, None
 
         outer = self._outer(weights.outer)
         x = outer.embed_tokens(token_ids.reshape(-1))
         body = jax.checkpoint(layer) if self._remat else layer
-        x, _ = jax.lax.scan(body, x, (weights.layers, lora))
+        x, _ = jax.lax.scan(body, x, (weights.layers, lora, jax.tree.map(jnp.asarray, scaling)))
         return outer.final_norm(x).reshape(rows, length, cfg.hidden_size)
 
     def logits(self, weights: BaseWeights, hidden: jax.Array) -> jax.Array:

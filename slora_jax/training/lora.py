@@ -1,7 +1,8 @@
-"""An adapter as a pytree: tensors by PEFT's names, and the same stacked over layers for a forward.
+"""An adapter as a pytree: tensors by PEFT's names, and the same stacked over layers.
 
-The flat dict is what is trained, saved and served (``llm.load_adapter(name, arrays, config)``), so
-that nothing is ever renamed. Refuses to know models and optimisers.
+The flat dict is what goes in and out (``llm.load_adapter(name, arrays, config)``,
+``save_adapter``). Stacked, two arrays a target, is how it is trained: an optimiser launches kernels
+for each array. Refuses to know models and optimisers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slora_jax.base_model import LoraModule
 from slora_jax.errors import AdapterLoadError
@@ -22,8 +24,8 @@ Arrays = dict[str, jax.Array]
 Modules = Mapping[tuple[int, str], LoraModule]
 """(layer, target) → what is adapted there (``slora_jax.base_model.adapted_modules``)."""
 
-StackedLora = dict[str, tuple[jax.Array, jax.Array, jax.Array]]
-"""Target → (a [L, r, in], b [L, out, r], scaling f32[L])."""
+Stacked = dict[str, tuple[jax.Array, jax.Array]]
+"""Target → (a [L, r, in], b [L, out, r])."""
 
 
 def init_adapter(modules: Modules, seed: int) -> Arrays:
@@ -63,15 +65,13 @@ def check_adapter(arrays: Mapping[str, jax.Array], modules: Modules) -> None:
             )
 
 
-def stack_adapter(
-    arrays: Mapping[str, jax.Array], modules: Modules, num_layers: int
-) -> StackedLora:
-    """The tensors of each target side by side, layers first: differentiable, for ``DenseLlama``.
+def stack_adapter(arrays: Mapping[str, jax.Array], modules: Modules, num_layers: int) -> Stacked:
+    """The tensors of each target side by side, layers first.
 
-    Where ranks differ between layers, and in layers without the target, rows of zeros fill up: they
-    add nothing, and no gradient leaves through them.
+    Where ranks differ between layers, and in layers without the target, rows of zeros fill up, in A
+    and in B: they add nothing, their gradients are zero, and so they stay zero in training.
     """
-    stacked: StackedLora = {}
+    stacked: Stacked = {}
     for target in dict.fromkeys(target for _, target in modules):
         layers = [modules.get((layer, target)) for layer in range(num_layers)]
         present = [module for module in layers if module is not None]
@@ -86,6 +86,23 @@ def stack_adapter(
                 missing = rank - module.rank
                 a.append(jnp.pad(arrays[module.a_name], ((0, missing), (0, 0))))
                 b.append(jnp.pad(arrays[module.b_name], ((0, 0), (0, missing))))
-        scaling = [0.0 if module is None else module.scaling for module in layers]
-        stacked[target] = jnp.stack(a), jnp.stack(b), jnp.asarray(scaling, jnp.float32)
+        stacked[target] = jnp.stack(a), jnp.stack(b)
     return stacked
+
+
+def unstack_adapter(stacked: Stacked, modules: Modules) -> Arrays:
+    """The inverse of ``stack_adapter``."""
+    arrays: Arrays = {}
+    for (layer, target), module in modules.items():
+        a, b = stacked[target]
+        arrays[module.a_name] = a[layer, : module.rank]
+        arrays[module.b_name] = b[layer, :, : module.rank]
+    return arrays
+
+
+def stack_scaling(modules: Modules, num_layers: int) -> dict[str, np.ndarray]:
+    """Target → its scaling in each layer, f32[L]; 0 in layers without it."""
+    scaling = {target: np.zeros(num_layers, np.float32) for _, target in modules}
+    for (layer, target), module in modules.items():
+        scaling[target][layer] = module.scaling
+    return scaling

@@ -28,7 +28,15 @@ from slora_jax.loading import LoadedModel
 from slora_jax.training.checkpointing import TrainingCheckpoints
 from slora_jax.training.data import Example, TrainingBatch, batches
 from slora_jax.training.forward import BaseWeights, DenseLlama
-from slora_jax.training.lora import Arrays, check_adapter, init_adapter, stack_adapter
+from slora_jax.training.lora import (
+    Arrays,
+    Stacked,
+    check_adapter,
+    init_adapter,
+    stack_adapter,
+    stack_scaling,
+    unstack_adapter,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,9 +151,12 @@ class Trainer:
         else:
             start = init_adapter(self.modules, self.config.seed)
         replicated = NamedSharding(self._mesh, PartitionSpec())
+        depth = base.model.config.num_layers
+        self._scaling = stack_scaling(self.modules, depth)
+        self._adapter: Stacked = jax.device_put(
+            stack_adapter(start, self.modules, depth), replicated
+        )
         self._optimizer = optimizer or self.config.optimizer()
-        # Copies: the step donates them, the caller's own stay alive.
-        self._adapter: Arrays = jax.device_put(start, replicated, may_alias=False)
         self._optimizer_state = jax.device_put(self._optimizer.init(self._adapter), replicated)
         self._dense = DenseLlama(base.model, mesh=self._mesh, remat=self.config.remat)
         self._step = jax.jit(self._make_step(), donate_argnums=(0, 1))
@@ -157,7 +168,7 @@ class Trainer:
 
         Copies, which later steps leave alone.
         """
-        return {name: jnp.copy(array) for name, array in self._adapter.items()}
+        return unstack_adapter(self._adapter, self.modules)
 
     def fit(
         self,
@@ -225,14 +236,15 @@ class Trainer:
     def loss_and_gradients(self, batch: TrainingBatch) -> tuple[jax.Array, Arrays]:
         """(the mean loss f32[] over the batch's completion tokens, its gradients by PEFT's names),
         and no step."""
-        return self._evaluate(self._adapter, self._dense.weights, self._place(batch))
+        loss, grads = self._evaluate(self._adapter, self._dense.weights, self._place(batch))
+        return loss, unstack_adapter(grads, self.modules)
 
     def _make_step(self) -> Any:
         optimizer = self._optimizer
 
         def step(
-            adapter: Arrays, state: optax.OptState, weights: BaseWeights, batch: TrainingBatch
-        ) -> tuple[Arrays, optax.OptState, jax.Array]:
+            adapter: Stacked, state: optax.OptState, weights: BaseWeights, batch: TrainingBatch
+        ) -> tuple[Stacked, optax.OptState, jax.Array]:
             loss, grads = self._loss_and_grads(adapter, weights, batch)
             with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and float32
                 updates, state = optimizer.update(grads, state, adapter)
@@ -242,14 +254,14 @@ class Trainer:
         return step
 
     def _loss_and_grads(
-        self, adapter: Arrays, weights: BaseWeights, batch: TrainingBatch
-    ) -> tuple[jax.Array, Arrays]:
+        self, adapter: Stacked, weights: BaseWeights, batch: TrainingBatch
+    ) -> tuple[jax.Array, Stacked]:
         """Over all parts of ``batch`` [parts, rows, S], as if they were one."""
         part_of = jax.value_and_grad(self._summed_loss)
 
         def add(
-            total: tuple[jax.Array, Arrays], part: TrainingBatch
-        ) -> tuple[tuple[jax.Array, Arrays], None]:
+            total: tuple[jax.Array, Stacked], part: TrainingBatch
+        ) -> tuple[tuple[jax.Array, Stacked], None]:
             return jax.tree.map(jnp.add, total, part_of(adapter, weights, part)), None
 
         zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, adapter)
@@ -258,11 +270,15 @@ class Trainer:
         return jax.tree.map(lambda value: value / count, total)
 
     def _summed_loss(
-        self, adapter: Arrays, weights: BaseWeights, batch: TrainingBatch
+        self, adapter: Stacked, weights: BaseWeights, batch: TrainingBatch
     ) -> jax.Array:
-        lora = stack_adapter(adapter, self.modules, self._dense.config.num_layers)
         hidden = self._dense.hidden(
-            weights, lora, batch.token_ids, batch.positions, batch.segment_ids
+            weights,
+            adapter,
+            self._scaling,
+            batch.token_ids,
+            batch.positions,
+            batch.segment_ids,
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(
             self._dense.logits(weights, hidden), batch.targets

@@ -17,6 +17,8 @@ from slora_jax.training import (
     batches,
     init_adapter,
     stack_adapter,
+    stack_scaling,
+    unstack_adapter,
 )
 from slora_jax.training.data import _to_batch
 from tests.oracle import DenseLlama as Oracle
@@ -41,9 +43,11 @@ def one_batch(packing=True, seed=0, batch_size=2):
     )
 
 
-def logits(dense, lora, batch):
+def logits(dense, lora, scaling, batch):
     def run(weights, lora, batch):
-        hidden = dense.hidden(weights, lora, batch.token_ids, batch.positions, batch.segment_ids)
+        hidden = dense.hidden(
+            weights, lora, scaling, batch.token_ids, batch.positions, batch.segment_ids
+        )
         return dense.logits(weights, hidden)
 
     return np.asarray(jax.jit(run)(dense.weights, lora, batch))
@@ -55,13 +59,16 @@ def test_zero_b_is_the_base_bit_for_bit(model_directory, dtype):
     dense, batch = DenseLlama(base.model), one_batch()
     modules = adapted_modules(ADAPTER, base)
     fresh = stack_adapter(init_adapter(modules, 0), modules, 2)
-    np.testing.assert_array_equal(logits(dense, fresh, batch), logits(dense, {}, batch))
+    scaling = stack_scaling(modules, 2)
+    np.testing.assert_array_equal(
+        logits(dense, fresh, scaling, batch), logits(dense, {}, {}, batch)
+    )
 
 
 def test_packed_rows_equal_the_oracle(base, model_directory):
     batch = one_batch()
     assert batch.segment_ids.max() > 1
-    got, oracle = logits(DenseLlama(base.model), {}, batch), Oracle(open_llama(model_directory))
+    got, oracle = logits(DenseLlama(base.model), {}, {}, batch), Oracle(open_llama(model_directory))
     for row in range(2):
         for segment in range(1, batch.segment_ids[row].max() + 1):
             where = batch.segment_ids[row] == segment
@@ -141,6 +148,16 @@ def test_loss_and_gradients_equal_peft(base, model_directory, tmp_path):
     for name, grad in grads.items():
         np.testing.assert_allclose(grad, theirs[name], atol=1e-4, err_msg=name)
         assert np.abs(theirs[name]).max() > 1e-3
+
+
+def test_stacked_and_back(base):
+    modules = adapted_modules(ADAPTER, base)
+    arrays = random_adapter(modules)
+    stacked = stack_adapter(arrays, modules, 2)
+    assert stacked["q"][0].shape == (2, 6, 64)  # ranks 4 and 6
+    back = unstack_adapter(stacked, modules)
+    assert back.keys() == arrays.keys()
+    jax.tree.map(np.testing.assert_array_equal, back, arrays)
 
 
 def test_what_does_not_fit(base):

@@ -73,7 +73,7 @@ def test_restored_on_another_mesh(base, tmp_path):
     assert four.fit(random_examples(), directory=tmp_path, progress=False) == []
     assert four.step_number == 2
     assert_equal(four.adapter, two.adapter)
-    assert next(iter(four._adapter.values())).devices() == set(jax.devices()[4:8])
+    assert four._adapter["q"][0].devices() == set(jax.devices()[4:8])
 
 
 def test_resume_of_another_run_is_refused(base, tmp_path):
