@@ -115,7 +115,7 @@ for name, text in zip(names, ask([prompt] * len(names), names), strict=True):
         """
 own = {
     "contact-json": "Please call Omar Reed on 720-2591, or write to oreed@riverbend.io.",
-    "sql": "Table films (title, director, year, rating). What is the highest rating for each title?",
+    "sql": "Table films (title, director, rating). What is the highest rating for each director?",
     "iso-date": "The bridge was opened on July 14th, 1953.",
     "pirate": "You are talking about my money and the horse.",
     "review-weather": "The room was dirty, and the staff was useless.",

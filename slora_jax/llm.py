@@ -72,8 +72,8 @@ class LLM:
     Args:
         model: a directory (Hugging Face or Orbax form, or a GGUF file), a Hugging Face hub id, or
             the demo alias ``"smollm2-135m-instruct"``; or a ``LoadedModel`` (``load_base_model``,
-            ``merge_adapter``), served in its own dtype without a second copy; with
-            ``load="dummy"`` a directory with a ``config.json``, or ``"llama-7b"``,
+            ``merge_adapter``), served in its own dtype without a second copy and kept when this is
+            closed; with ``load="dummy"`` a directory with a ``config.json``, or ``"llama-7b"``,
             ``"llama-13b"``, ``"llama-3.1-8b"``, ``"llama-3.1-70b"``.
         config: an ``EngineConfig``; or give its fields by name.
         progress: show bars while a model is fetched and read.
@@ -101,6 +101,7 @@ class LLM:
         self._traces = None
         if config.compilation_cache and self._device.platform != "cpu":
             self._traces = loading.keep_compiled_programs()
+        self._owns_weights = not isinstance(model, LoadedModel)
         if isinstance(model, LoadedModel):
             self._loaded, self._dtype = model, _dtype_of(model, config)
         elif config.load == "dummy":
@@ -123,7 +124,10 @@ class LLM:
 
     @property
     def base_model(self) -> LoadedModel:
-        """The base by itself: to train on (``slora_jax.training``), to merge an adapter into."""
+        """The base by itself: to train on (``slora_jax.training``), to merge an adapter into.
+
+        ``close`` takes it along, unless it was given to this object.
+        """
         return self._loaded
 
     @property
@@ -177,6 +181,7 @@ class LLM:
                 max_prefill_tokens=prefill_tokens,
                 max_model_len=max_model_len,
                 traces=self._traces,
+                owns_weights=self._owns_weights,
             )
         except jax.errors.JaxRuntimeError as error:
             raise ConfigError(
@@ -552,7 +557,10 @@ class LLM:
         loading.save_model(self._loaded, directory)
 
     def close(self) -> None:
-        """Abort what runs and give the device memory back. Closing twice is fine."""
+        """Abort what runs and give the device memory back. Closing twice is fine.
+
+        A ``LoadedModel`` that was given stays: it is the caller's.
+        """
         with self._lock:
             self._engine.close()
 
