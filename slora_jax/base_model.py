@@ -163,11 +163,12 @@ def merge_adapter(
         AdapterLoadError: the adapter cannot be used with this base.
     """
     read = _read_adapter(adapter, config, base)
-    merged = nnx.merge(*nnx.split(base.model))  # new modules around the same arrays
+    merged = nnx.merge(*nnx.split(base.model))  # new modules, the same parameters
     for layer, block in enumerate(merged.layers):
         for linear in _linears(block):
             if any((layer, target) in read.pairs for target in linear.group):
-                linear.weight[...] = _merged_weight(base.model, linear, layer, read)
+                weight = _merged_weight(base.model, linear, layer, read)
+                linear.weight = linear.weight.replace(weight)  # the old parameter is the base's
     return dataclasses.replace(base, model=merged)
 
 

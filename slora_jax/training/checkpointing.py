@@ -66,11 +66,11 @@ class TrainingCheckpoints:
         try:
             about = self._manager.restore(
                 step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
-            ).about
+            )["about"]
             self._check_same(about)
             arrays = self._manager.restore(
                 step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted))
-            ).arrays
+            )["arrays"]
         except TrainingError:
             raise
         except Exception as error:  # tensorstore and Orbax raise many types

@@ -127,7 +127,7 @@ class Trainer:
         *,
         adapter: Mapping[str, Any] | None = None,
         optimizer: optax.GradientTransformation | None = None,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
     ):
         self.config = config or TrainingConfig()
         self.modules = adapted_modules(adapter_config, base)
@@ -276,9 +276,9 @@ class Trainer:
             weights,
             adapter,
             self._scaling,
-            batch.token_ids,
-            batch.positions,
-            batch.segment_ids,
+            jnp.asarray(batch.token_ids),
+            jnp.asarray(batch.positions),
+            jnp.asarray(batch.segment_ids),
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(
             self._dense.logits(weights, hidden), batch.targets
