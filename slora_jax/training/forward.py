@@ -59,7 +59,7 @@ class DenseContext:
         precision = "highest" if q.dtype == jnp.float32 else "default"
         # It promotes bfloat16 to float32 inside, also where the user has forbidden that.
         with jax.default_matmul_precision(precision), jax.numpy_dtype_promotion("standard"):
-            attended = jax.nn.dot_product_attention(q, k, v, mask=self.mask)
+            attended = _attention(q, k, v, self.mask)
         return attended.reshape(rows * length, *q.shape[2:]), pool
 
     def lora_of_layer(self, layer: int | jax.Array) -> AddLora:
@@ -80,6 +80,14 @@ class DenseContext:
             shrunk = self.scaling[target] * dot(x, a.astype(x.dtype), out_dtype=jnp.float32)
             deltas.append(dot(shrunk.astype(x.dtype), b.astype(x.dtype)))
         return y + jnp.concatenate(deltas, axis=-1)
+
+
+@jax.checkpoint
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Computed again in the backward pass: kept for it, scores [B, Hq, S, S] in float32 would be the
+    most memory of all (8 rows of 512 tokens, 9 heads: 75 MB a layer, more than once).
+    """
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
 class DenseLlama:
