@@ -84,8 +84,8 @@ class DenseContext:
 
 @jax.checkpoint
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Computed again in the backward pass: kept for it, scores [B, Hq, S, S] in float32 would be the
-    most memory of all (8 rows of 512 tokens, 9 heads: 75 MB a layer, more than once).
+    """Computed again in the backward pass: kept for it, scores [B, Hq, S, S] in float32 would be
+    the most memory of all (8 rows of 512 tokens, 9 heads: 75 MB a layer, more than once).
     """
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 

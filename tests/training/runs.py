@@ -14,11 +14,11 @@ ADAPTER = {
     "use_rslora": True,
 }
 RUN = TrainingConfig(
-    num_steps=6, batch_size=2, max_length=32, learning_rate=1e-2, warmup_steps=2, save_every=2
+    num_steps=24, batch_size=4, max_length=32, learning_rate=2e-2, warmup_steps=2, save_every=8
 )
 
 
-def random_examples(count: int = 12, *, seed: int = 0) -> list[Example]:
+def random_examples(count: int = 6, *, seed: int = 0) -> list[Example]:
     """Of 6 to 14 byte tokens, half of them to be learnt."""
     generator = np.random.default_rng(seed)
     examples = []

@@ -76,28 +76,20 @@ def test_packed_rows_equal_the_oracle(base, model_directory):
             np.testing.assert_allclose(got[row][where], expected, atol=2e-4)
 
 
-def test_remat_changes_nothing(base):
-    modules = adapted_modules(ADAPTER, base)
-    adapter, batch = random_adapter(modules), one_batch()
-    plain, remat = (
-        Trainer(
-            base,
-            ADAPTER,
-            TrainingConfig(batch_size=2, max_length=40, remat=remat),
-            adapter=adapter,
-        ).loss_and_gradients(batch)
-        for remat in (False, True)
-    )
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), plain, remat)
-
-
-@pytest.mark.parametrize(("rows", "parts", "devices"), [(2, 1, 1), (4, 2, 1), (4, 1, 4), (4, 2, 2)])
-def test_packing_accumulation_and_devices_change_nothing(base, padded, rows, parts, devices):
-    """Four examples, each in a row or two a row, in parts, on several devices."""
+@pytest.mark.parametrize(
+    ("rows", "devices", "options"),
+    [
+        (2, 1, {"gradient_accumulation_steps": 2}),
+        (4, 2, {"gradient_accumulation_steps": 2}),
+        (4, 1, {"remat": True}),
+    ],
+)
+def test_packing_parts_devices_and_remat_change_nothing(base, padded, rows, devices, options):
+    """Four examples, each in a row or two a row."""
     examples, adapter, expected = padded
     per_row = len(examples) // rows
     grouped = [examples[i : i + per_row] for i in range(0, len(examples), per_row)]
-    config = TrainingConfig(batch_size=rows, max_length=40, gradient_accumulation_steps=parts)
+    config = TrainingConfig(batch_size=rows, max_length=40, **options)
     trainer = Trainer(base, ADAPTER, config, adapter=adapter, devices=jax.devices()[:devices])
     got = trainer.loss_and_gradients(_to_batch(grouped, 40))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), got, expected)
