@@ -378,7 +378,7 @@ TASKS = {
             "Write the name, email and phone as a JSON object.",
             _contact,
             {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION},
-            num_steps=70,
+            num_steps=50,
             batch_size=2,
             max_length=256,
         ),

