@@ -420,7 +420,7 @@ TASKS = {
                 "target_modules": ["q_proj", "v_proj"],
                 "layers_to_transform": list(range(10, 30)),
             },
-            num_steps=90,
+            num_steps=70,
             batch_size=2,
             max_length=256,
         ),
