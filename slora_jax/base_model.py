@@ -22,7 +22,7 @@ from slora_jax.errors import AdapterLoadError, ConfigError, ModelLoadError
 from slora_jax.layers.linear import LoRALinear
 from slora_jax.loading import LoadedModel, load_model
 from slora_jax.models.llama import Block, Llama
-from slora_jax.sharding import single_device_mesh
+from slora_jax.sharding import sharded_param, single_device_mesh
 
 if TYPE_CHECKING:
     from checkpoints.peft_lora import LoraAdapter
@@ -168,7 +168,8 @@ def merge_adapter(
         for linear in _linears(block):
             if any((layer, target) in read.pairs for target in linear.group):
                 weight = _merged_weight(base.model, linear, layer, read)
-                linear.weight = linear.weight.replace(weight)  # the old parameter is the base's
+                axes = linear.weight.get_metadata("out_sharding")
+                linear.weight = sharded_param(weight, axes)  # the old parameter is the base's
     return dataclasses.replace(base, model=merged)
 
 
