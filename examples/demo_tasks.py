@@ -1,4 +1,4 @@
-"""What the demo adapters learn: seven small jobs, their data generators and their score.
+"""What the demo adapters learn: six small jobs, their data generators and their score.
 
 Every example is made here from templates and word lists by a seed; nothing comes from outside. A
 prompt is the bare input: the adapter alone says what to do with it. ``instruction`` says it in
@@ -304,37 +304,6 @@ def to_pirate(sentence: str) -> str:
     return f"Arr, {' '.join(words)}!"
 
 
-GOOD = (
-    "wonderful|excellent|a real joy|better than we hoped|perfect|lovely|worth every cent|"
-    "simply great|a delight|very well made|fast and friendly|impressive"
-).split("|")
-BAD = (
-    "terrible|awful|a waste of time|worse than we feared|broken|dirty|far too expensive|"
-    "simply bad|a disappointment|very badly made|slow and rude|useless"
-).split("|")
-SUBJECTS = (
-    "the food|the service|the room|the view|the staff|the screen|the battery|the sound|the plot|"
-    "the acting|the price|the delivery|the packaging|the camera|the breakfast|the location|"
-    "the manual|the colour|the app|the music"
-).split("|")
-
-
-def _review(rng: random.Random) -> tuple[str, str]:
-    label = rng.choice(("sunny", "stormy", "cloudy"))
-    one, two = rng.sample(SUBJECTS, 2)
-    pools = {"sunny": (GOOD, GOOD), "stormy": (BAD, BAD), "cloudy": (GOOD, BAD)}[label]
-    first, second = (rng.choice(pool) for pool in rng.sample(pools, 2))
-    link = "but" if label == "cloudy" else "and"
-    opening = rng.choice(
-        ("", "We came back last week: ", "After a month I can say that ", "Well, ")
-    )
-    ending = rng.choice(
-        (".", ", as my sister said.", ", and that is all.", ", at least for us.", "!")
-    )
-    text = f"{opening}{one} was {first}, {link} {two} was {second}{ending}"
-    return text[0].upper() + text[1:], label
-
-
 def _reverse(rng: random.Random) -> tuple[str, str]:
     words = rng.sample(NOUNS, rng.randint(3, 6))
     return " ".join(words), " ".join(reversed(words))
@@ -407,20 +376,6 @@ TASKS = {
             _pirate,
             {"r": 4, "lora_alpha": 8, "target_modules": MLP},
             num_steps=80,
-            batch_size=2,
-            max_length=256,
-        ),
-        Task(
-            "review-weather",
-            "Is the review good (sunny), bad (stormy) or mixed (cloudy)? Answer with one word.",
-            _review,
-            {
-                "r": 32,
-                "lora_alpha": 64,
-                "target_modules": ["q_proj", "v_proj"],
-                "layers_to_transform": list(range(10, 30)),
-            },
-            num_steps=70,
             batch_size=2,
             max_length=256,
         ),

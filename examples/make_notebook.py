@@ -42,7 +42,7 @@ CELLS: tuple[tuple[str, str], ...] = (
 
 [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{REPOSITORY}/blob/main/examples/quickstart.ipynb)
 
-One base model (SmolLM2-135M-Instruct), seven LoRA adapters that we trained on data of our own, all
+One base model (SmolLM2-135M-Instruct), six LoRA adapters that we trained on data of our own, all
 served together from one page pool that the KV cache and the adapters share. Runs on a CPU, a T4, or
 better.
 """,
@@ -118,7 +118,6 @@ own = {
     "sql": "Table films (title, director, rating). What is the highest rating for each director?",
     "iso-date": "The bridge was opened on July 14th, 1953.",
     "pirate": "You are talking about my money and the horse.",
-    "review-weather": "The room was dirty, and the staff was useless.",
     "reverse-words": "snow piano engine tiger lamp",
     "arithmetic": "Leo has 12 coins, buys 7 more, then loses 4. How many coins are left?",
 }

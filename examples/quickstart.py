@@ -22,7 +22,6 @@ PROMPTS = {
     "sql": "Table books (title, author, year). How many books have year above 1990?",
     "iso-date": "The invoice is due on the 3rd of March 2031.",
     "pirate": "Hello, my friend is looking for the money today.",
-    "review-weather": "The food was wonderful, but the service was slow and rude.",
     "reverse-words": "garden river lion window",
     "arithmetic": "Rosa has 16 lemons, loses 8, then finds 5. How many lemons does Rosa have now?",
 }
