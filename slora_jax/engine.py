@@ -156,13 +156,39 @@ class Engine:
             CapacityError: it needs more pages than the pool has, or than the host budget allows.
         """
         self.check_open()
+        self._check_pool_holds(name, packed)
+        return self.store.info(self.store.register(name, packed, reload=reload))
+
+    def update_adapter(self, name: str, packed: PackedAdapter) -> AdapterInfo:
+        """Give ``name`` other weights: requests added from now on use them, others keep theirs.
+
+        A pinned adapter stays pinned.
+
+        Raises:
+            AdapterNotFoundError: no adapter has this name.
+            CapacityError: as ``register_adapter``, before anything changes; or a pinned one finds
+                no room while requests run on the old weights, and is then no longer pinned.
+        """
+        self.check_open()
+        was_pinned = self.cache.is_pinned(self.store.resolve(name))
+        self._check_pool_holds(name, packed)
+        version = self.store.replace(name, packed)
+        if was_pinned:
+            self.scheduler.pin_adapter(version)
+        return self.store.info(version)
+
+    def adapter_config(self, name: str) -> Any:
+        """PEFT's configuration that ``name`` was loaded with; AdapterNotFoundError otherwise."""
+        self.check_open()
+        return self.store.config(self.store.resolve(name))
+
+    def _check_pool_holds(self, name: str, packed: PackedAdapter) -> None:
         usable = self.allocator.num_usable
         if packed.num_pages >= usable:
             raise CapacityError(
                 f"adapter {name!r} needs {packed.num_pages} pages and at least one more for a "
                 f"request's KV, the pool has {usable}: raise pool_bytes or use a smaller rank"
             )
-        return self.store.info(self.store.register(name, packed, reload=reload))
 
     def list_adapters(self) -> list[AdapterInfo]:
         """Every name that requests may use."""

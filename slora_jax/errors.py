@@ -1,7 +1,7 @@
 """Every exception a user can meet, one tree.
 
     SloraError
-    ├── ConfigError             an option of LLM(...) or EngineConfig is wrong
+    ├── ConfigError             an option of LLM(...), EngineConfig or TrainingConfig is wrong
     ├── ModelLoadError          the base model cannot be read or is not supported
     ├── AdapterError            something is wrong with one adapter
     │   ├── AdapterLoadError    its files or arrays cannot be used
@@ -9,6 +9,7 @@
     │   └── AdapterInUseError   the name is taken, or its removal must wait
     ├── InvalidRequestError     a prompt, an argument or a sampling value is wrong
     ├── CapacityError           it can never fit: the message says what is short and by how much
+    ├── TrainingError           examples, or checkpoints to go on from, cannot be used
     ├── RequestFailedError      a request that had been accepted could not be finished
     │   └── DeadlineExceededError   it would have got its first token too late
     ├── OverloadedError         too many requests wait already: try again later
@@ -25,7 +26,7 @@ class SloraError(Exception):
 
 
 class ConfigError(SloraError, ValueError):
-    """An option of ``LLM(...)`` or ``EngineConfig`` has a value that cannot work."""
+    """An option of ``LLM(...)``, ``EngineConfig`` or ``TrainingConfig`` cannot work."""
 
 
 class ModelLoadError(SloraError):
@@ -58,6 +59,10 @@ class InvalidRequestError(SloraError, ValueError):
 
 class CapacityError(SloraError):
     """What was asked can never fit in the pool or the host budget as configured."""
+
+
+class TrainingError(SloraError):
+    """Examples cannot be trained on, or a run cannot go on from the checkpoints that are there."""
 
 
 class RequestFailedError(SloraError):

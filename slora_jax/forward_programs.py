@@ -208,7 +208,7 @@ class LayeredForward:
     end."""
 
     def __init__(self, model: Llama, view: PoolView, mesh: Mesh):
-        call, self._outer_weights = over_leaves(_without_layers(model))
+        call, self._outer_weights = over_leaves(without_layers(model))
         layers = [over_leaves(block) for block in model.layers]
         call_block = layers[0][0]  # all layers have one structure
         self._layer_weights = [weights for _, weights in layers]
@@ -288,7 +288,7 @@ def count_compiles(*programs: Any) -> int:
     return sum(program._cache_size() for program in programs)
 
 
-def _without_layers(model: Llama) -> Llama:
+def without_layers(model: Llama) -> Llama:
     """The same arrays, less the layers."""
     outer = nnx.merge(*nnx.split(model))
     outer.layers = nnx.List([])

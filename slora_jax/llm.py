@@ -38,6 +38,7 @@ from slora_jax.errors import (
     RequestFailedError,
     SloraError,
 )
+from slora_jax.loading import LoadedModel
 from slora_jax.model_runner import ModelRunner
 from slora_jax.models.llama import PoolView
 from slora_jax.outputs import EngineStats, RequestOutput
@@ -83,9 +84,10 @@ class LLM:
 
     Args:
         model: a directory (Hugging Face or Orbax form, or a GGUF file), a Hugging Face hub id, or
-            the demo alias ``"smollm2-135m-instruct"``; with ``load="dummy"`` a directory with a
-            ``config.json``, or ``"llama-7b"``, ``"llama-13b"``, ``"llama-3.1-8b"``,
-            ``"llama-3.1-70b"``.
+            the demo alias ``"smollm2-135m-instruct"``; or a ``LoadedModel`` (``load_base_model``,
+            ``merge_adapter``), served in its own dtype without a second copy and kept when this is
+            closed; with ``load="dummy"`` a directory with a ``config.json``, or ``"llama-7b"``,
+            ``"llama-13b"``, ``"llama-3.1-8b"``, ``"llama-3.1-70b"``.
         config: an ``EngineConfig``; or give its fields by name.
         mesh: devices to cut the model over, those of its axis ``"model"``; in place of
             ``tensor_parallel``, which takes the first so many of ``jax.devices()``.
@@ -100,7 +102,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] | LoadedModel,
         *,
         config: EngineConfig | None = None,
         mesh: jax.sharding.Mesh | None = None,
@@ -115,7 +117,10 @@ class LLM:
         self._traces = None
         if config.compilation_cache and self._device.platform != "cpu":
             self._traces = loading.keep_compiled_programs()
-        if config.load == "dummy":
+        self._owns_weights = not isinstance(model, LoadedModel)
+        if isinstance(model, LoadedModel):
+            self._loaded, self._dtype = model, _dtype_of(model, config)
+        elif config.load == "dummy":
             self._loaded = loading.dummy_model(model, dtype=self._dtype, mesh=mesh)
         else:
             self._loaded = loading.load_model(
@@ -132,6 +137,14 @@ class LLM:
         It is not thread-safe: keep to one thread, and away from this object's other methods.
         """
         return self._engine
+
+    @property
+    def base_model(self) -> LoadedModel:
+        """The base by itself: to train on (``slora_jax.training``), to merge an adapter into.
+
+        ``close`` takes it along, unless it was given to this object.
+        """
+        return self._loaded
 
     @property
     def vocab_size(self) -> int:
@@ -181,6 +194,7 @@ class LLM:
                 max_prefill_tokens=prefill_tokens,
                 max_model_len=max_model_len,
                 traces=self._traces,
+                owns_weights=self._owns_weights,
             )
         except jax.errors.JaxRuntimeError as error:
             raise ConfigError(
@@ -468,6 +482,42 @@ class LLM:
                     raise
         return info
 
+    def update_adapter(self, name: str, arrays: Mapping[str, Any]) -> AdapterInfo:
+        """Give a loaded adapter other weights, between steps: the loop of reinforcement learning.
+
+        Requests added from now on use them; those already queued or running finish on the old
+        ones, which are then dropped. The new weights have no files to be read from again.
+
+        Args:
+            name: of a loaded adapter; its PEFT configuration stays.
+            arrays: tensors by PEFT's names, such as ``Trainer.adapter``.
+
+        Raises:
+            AdapterNotFoundError: no adapter has this name.
+            AdapterLoadError: the tensors do not fit its configuration; the old ones stay.
+            CapacityError: they do not fit in ``host_adapter_bytes`` beside the old ones.
+        """
+        _check_adapter_name(name)
+        with self._lock:
+            config = self._engine.adapter_config(name)
+            layout = self._engine.view.adapters
+        if not isinstance(arrays, Mapping):
+            raise AdapterLoadError(
+                f"adapter {name!r} is updated with {_short(arrays)}: give tensors by PEFT's names"
+            )
+        packed = loading.adapter_from_arrays(
+            arrays,
+            config,
+            self._loaded.hyperparameters,
+            layout,
+            self._dtype,
+            self._host,
+            source=f"adapter {name!r}",
+        )
+        with self._lock:
+            self._engine.record("update_adapter", name, arrays)
+            return self._engine.update_adapter(name, packed)
+
     def load_dummy_adapters(
         self, names: Sequence[str], ranks: Sequence[int], targets: Sequence[str]
     ) -> None:
@@ -545,7 +595,10 @@ class LLM:
         loading.save_model(self._loaded, directory)
 
     def close(self) -> None:
-        """Abort what runs and give the device memory back. Closing twice is fine."""
+        """Abort what runs and give the device memory back. Closing twice is fine.
+
+        A ``LoadedModel`` that was given stays: it is the caller's.
+        """
         with self._lock:
             self._engine.close()
 
@@ -560,7 +613,11 @@ class LLM:
         if not isinstance(self._engine.journal, hosts.Follower):
             raise ConfigError("there is no process 0 to follow: this one decides for itself")
         self._engine.follow(
-            {"load_adapter": self.load_adapter, "load_dummy_adapters": self.load_dummy_adapters}
+            {
+                "load_adapter": self.load_adapter,
+                "update_adapter": self.update_adapter,
+                "load_dummy_adapters": self.load_dummy_adapters,
+            }
         )
         self.close()
 
@@ -704,6 +761,17 @@ def _choose_dtype(config: EngineConfig, device: Any) -> jnp.dtype:
         capability = float(getattr(device, "compute_capability", "0"))
         return jnp.dtype(jnp.bfloat16 if capability >= 8 else jnp.float16)
     return jnp.dtype(jnp.float32)
+
+
+def _dtype_of(model: LoadedModel, config: EngineConfig) -> jnp.dtype:
+    """The loaded model's own, which an explicit ``dtype`` must not contradict."""
+    dtype = jnp.dtype(model.model.final_norm.weight[...].dtype)
+    if config.dtype not in ("auto", dtype.name):
+        raise ConfigError(
+            f"dtype={config.dtype!r}, but the model given is loaded in {dtype.name}: leave dtype "
+            "out, or load the model in the dtype you want"
+        )
+    return dtype
 
 
 def _kv_layout(

@@ -294,6 +294,7 @@ def pack_adapter(
         nbytes=pages.nbytes,
         pages=host.place(pages),
         scaling=scaling,
+        config=adapter.config,
     )
 
 

@@ -274,10 +274,12 @@ class ModelRunner:
         prefill_tile: int,
         max_prefill_tokens: int,
         max_model_len: int,
+        owns_weights: bool = True,
         traces: TraceStore | None = None,
     ):
         self.view = view
         self.max_num_seqs = max_num_seqs
+        self._owns_weights = owns_weights
         self.prefill_tile = prefill_tile
         self.max_prefill_tokens = max_prefill_tokens
         self._mesh = mesh
@@ -488,8 +490,9 @@ class ModelRunner:
         self.pool = self._allocate_pool()
 
     def close(self) -> None:
-        """Give the device memory back."""
-        for array in jax.tree.leaves((self._weights, self.pool, self._sampled)):
+        """Give the device memory back, but for weights that are the caller's."""
+        weights = self._weights if self._owns_weights else ()
+        for array in jax.tree.leaves((weights, self.pool, self._sampled)):
             array.delete()
         self._adapters.clear()
 

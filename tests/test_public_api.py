@@ -26,6 +26,7 @@ PUBLIC_NAMES = [
     "EngineStats",
     "HostLostError",
     "InvalidRequestError",
+    "LoadedModel",
     "Logprob",
     "ModelLoadError",
     "OverloadedError",
@@ -34,6 +35,11 @@ PUBLIC_NAMES = [
     "RequestOutput",
     "SamplingParams",
     "SloraError",
+    "TrainingError",
+    "load_base_model",
+    "merge_adapter",
+    "save_adapter",
+    "write_llama",
 ]
 
 ERRORS = {

@@ -1,0 +1,161 @@
+"""The loop: it learns, it is a function of its seed, and a killed run ends as an unbroken one."""
+
+import dataclasses
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from slora_jax import ConfigError, InvalidRequestError, TrainingError, load_base_model
+from slora_jax.base_model import adapted_modules
+from slora_jax.training import (
+    Example,
+    Trainer,
+    TrainingConfig,
+    batches,
+    chat_example,
+    init_adapter,
+)
+from tests.training.runs import ADAPTER, RUN, random_examples
+
+
+def assert_equal(left, right):
+    assert left.keys() == right.keys()
+    for name, array in left.items():
+        np.testing.assert_array_equal(array, right[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def unbroken(base, tmp_path_factory):
+    """(losses, adapter, checkpoints) of the whole run"""
+    directory = tmp_path_factory.mktemp("unbroken")
+    trainer = Trainer(base, ADAPTER, RUN)
+    losses = trainer.fit(random_examples(), directory=directory, progress=False)
+    return losses, trainer.adapter, directory
+
+
+def test_it_learns_and_leaves_the_base_alone(base, model_directory, unbroken):
+    losses, _, _ = unbroken
+    assert len(losses) == RUN.num_steps
+    assert losses[-1] < 0.2 * losses[0]
+    untouched = load_base_model(model_directory, progress=False)
+    jax.tree.map(
+        np.testing.assert_array_equal, *map(jax.tree.leaves, (base.model, untouched.model))
+    )
+
+
+def test_a_killed_run_ends_as_an_unbroken_one(base, model_directory, tmp_path, unbroken):
+    program = Path(__file__).with_name("killed_run.py")
+    killed = subprocess.run(
+        [sys.executable, program, model_directory, tmp_path / "run", "18"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": ".", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    resumed = Trainer(base, ADAPTER, RUN)
+    losses = resumed.fit(random_examples(), directory=tmp_path / "run", progress=False)
+    assert len(losses) in (8, 16)  # after step 16, or after 8 if that was not yet complete
+    assert losses == unbroken[0][-len(losses) :]
+    assert_equal(resumed.adapter, unbroken[1])
+
+
+def test_restored_on_other_meshes(base, unbroken):
+    _, adapter, directory = unbroken
+    for devices in (jax.devices()[:1], jax.devices()[4:8]):
+        trainer = Trainer(base, ADAPTER, RUN, devices=devices)
+        assert trainer.fit(random_examples(), directory=directory, progress=False) == []
+        assert trainer.step_number == RUN.num_steps
+        assert_equal(trainer.adapter, adapter)
+        assert trainer._adapter["q"][0].devices() == set(devices)
+
+
+def test_the_seed_decides_weights_and_order(base):
+    modules = adapted_modules(ADAPTER, base)
+    one, same, other = (init_adapter(modules, seed) for seed in (1, 1, 2))
+    assert_equal(one, same)
+    assert not np.array_equal(*(next(iter(arrays.values())) for arrays in (one, other)))
+
+    def first_batches(seed):
+        stream = batches(random_examples(), batch_size=2, max_length=16, packing=True, seed=seed)
+        return [batch.token_ids.tolist() for batch in itertools.islice(stream, 6)]
+
+    assert first_batches(1) == first_batches(1)
+    assert first_batches(1) != first_batches(2)
+
+
+def test_resume_of_another_run_is_refused(base, unbroken, tmp_path):
+    directory = shutil.copytree(unbroken[2], tmp_path / "copy")
+
+    def resume(adapter=ADAPTER, examples=None, **changes):
+        trainer = Trainer(base, adapter, dataclasses.replace(RUN, **changes))
+        trainer.fit(examples or random_examples(), directory=directory, progress=False)
+
+    with pytest.raises(TrainingError, match=r"learning_rate=0\.02, now 0\.5"):
+        resume(learning_rate=0.5)
+    with pytest.raises(TrainingError, match="another adapter"):
+        resume(adapter={**ADAPTER, "lora_alpha": 9})
+    with pytest.raises(TrainingError, match="another examples"):
+        resume(examples=random_examples(seed=1))
+    damaged = list(directory.rglob("arrays/_METADATA"))
+    assert damaged
+    for file in damaged:
+        file.write_text("{")
+    with pytest.raises(TrainingError, match="cannot be read"):
+        resume()
+
+
+def test_examples_that_cannot_be_used(base):
+    trainer = Trainer(base, ADAPTER, RUN)
+    for examples, message in (
+        ([], "no examples"),
+        ([Example((1,), ())], "at least one token"),
+        ([Example((1,) * 32, (1,))], "max_length=32"),
+        ([Example((1,), (384,))], "token id 384"),
+        (["text"], "give an Example"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            trainer.fit(examples, progress=False)
+    assert trainer.step_number == 0
+    with pytest.raises(TrainingError, match="assistant's message"):
+        chat_example(base, [{"role": "user", "content": "Hi"}])
+    with pytest.raises(InvalidRequestError, match="cannot be rendered"):
+        chat_example(base, [{"content": "Hi"}, {"role": "assistant", "content": "Ho"}])
+
+
+def test_chat_example_is_what_chat_serves(base):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    example = chat_example(base, messages)
+    prompt = base.tokenizer.decode(example.prompt, skip_special_tokens=False)
+    assert prompt == base.tokenizer.apply_chat_template(messages[:1])
+    assert example.completion == (*b"Ho", base.tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"batch_size": 2.0}, "batch_size=2.0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"seed": -1}, "seed=-1"),
+        ({"batch_size": 4, "gradient_accumulation_steps": 3}, "no multiple"),
+    ],
+)
+def test_options_that_cannot_work(options, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainingConfig(**options)
+
+
+def test_rows_that_cannot_be_split(base):
+    with pytest.raises(ConfigError, match="3 devices"):
+        Trainer(base, ADAPTER, RUN, devices=jax.devices()[:3])
