@@ -1,13 +1,16 @@
 """Estimates of the TPU kernels without a TPU: ``python -m pallas_kernels.tpu_estimates``.
 
 A developer's tool. libtpu compiles each kernel ahead of time and says how many cycles it expects;
-one JSON line a kernel, chip and shape sets that against the time that the bytes take from HBM.
-What is data on a chip is static here, because the compiler counts a loop of unknown length as
-none. It models a copy's latency, not the bandwidth that copies share: a kernel takes the longer of
+one JSON line a kernel, chip and shape sets that against the time that the bytes take from HBM. The
+profile follows the scalar core through loops and branches and takes for zero what comes from
+outside: of attention only loops of static length are estimated, and LoRA's kernels, as they ship,
+are told their metadata by writing it to scalar memory first (the time for that is taken off). It
+models a copy's latency, not the bandwidth that copies share: a kernel takes the longer of
 ``cycles_us`` and ``hbm_us``, and ``share`` is the latter's share of that. ``bundles_us`` counts
-every instruction bundle of the program once a step of its grid; it leaves out waits for the matrix
-unit and repeats of short inner loops, and is all there is on v5e, where the profiler dies on
-packed bfloat16. Each estimate is a process of its own, since a failure ends the process.
+every instruction bundle of the program once a step of its grid, branches not taken and the telling
+included; it leaves out waits for the matrix unit and repeats of loops, and is all there is where
+the profiler dies, as on v5e with packed bfloat16. Each estimate is a process of its own, since a
+failure ends the process.
 """
 
 from __future__ import annotations
@@ -197,7 +200,7 @@ def _knowing(name: str, steps: int) -> Callable[..., Any]:
 
                 @pl.when(pl.program_id(0) == 0)
                 def _() -> None:
-                    zero = refs[kept[0]][0]
+                    zero = refs[kept[1]][0]  # a table; one word alone would not count as zero
 
                     @pl.loop(0, zero + int(os.environ["FILLS"]))
                     def _(_: Any) -> None:

@@ -7,10 +7,11 @@ Decode (MBGMV): tokens sorted by adapter; an item is one target of a few adapter
 rank, and up to eight tokens of each; more tokens take several items (rounds) in a row, over rows
 that are read once. One program an item, its copies started two items ahead from a list that
 ``prepare`` made: the pieces of each adapter's run, tokens' x one by one from where they lie, and
-their terms to where they belong; nothing is gathered by XLA. Block-diagonal trick: 16 column blocks
-of x, as rows, meet the 16 r rows of A of these blocks in one product, of which only a block's own r
-columns count; their sum, h, is laid out block-diagonally and meets the rows of Bᵀ likewise. So A and
-Bᵀ are used as they lie, for any rank. With several tokens a row is (block, token) instead.
+their terms to where they belong; nothing is gathered by XLA. Block-diagonal trick: 16 column
+blocks of x, as rows, meet the 16 r rows of A of these blocks in one product, of which only a
+block's own r columns count; their sum, h, is laid out block-diagonally and meets the rows of Bᵀ
+likewise. So A and Bᵀ are used as they lie, for any rank. With several tokens a row is (block,
+token) instead.
 
 Prefill (MBGMM): steps of ``TILE`` tokens or more are cut into tiles of tokens as they lie. Where
 ``TILE_TOKENS`` or more tokens of a tile have one adapter, an item is the tile, a target and that

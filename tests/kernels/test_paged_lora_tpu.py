@@ -139,7 +139,8 @@ def test_garbage_in_a_tile_stays_in_its_rows():
 def test_pieces_of_a_run_cover_it_within_pages(rows_per_page):
     from pallas_kernels.paged_lora import pallas_tpu
 
-    for in_blocks, out_blocks, rank in itertools.product((1, 5, 32), (1, 7, 32), (8, 24, 64, 72)):
+    sizes = ((1, 1), (5, 7), (32, 32))
+    for (in_blocks, out_blocks), rank in itertools.product(sizes, (8, 24, 72)):
         class_rank = next(c for c in pallas_tpu.CLASSES if c >= rank)
         pieces = pallas_tpu._pieces(class_rank, in_blocks, (out_blocks,), rows_per_page)
         row = np.arange(0, 2 * rows_per_page, 32, dtype=np.int32)[:, None]
