@@ -555,6 +555,18 @@ def _loop(trips: Any, body: Any, carry: Any) -> Any:
     return jax.lax.fori_loop(0, trips, body, carry)
 
 
+def _for_each(count: Any, act: Any) -> None:
+    """``act`` on 0 up to ``count``, four at a time: one alone is a chain of waits for scalars."""
+    fours = jax.lax.div(count, 4)
+
+    @pl.loop(0, fours)
+    def _(four: Any) -> None:
+        for index in range(4):
+            act(four * 4 + index)
+
+    pl.loop(fours * 4, count)(act)
+
+
 def _rows_copy(pool: Any, weights: Any, arrived: Any, source: Any, into: Any, count: Any) -> Any:
     """The copy of rows of the pool into a buffer, all multiples of eight."""
     source, into, count = (pl.multiple_of(n, RANK_MULTIPLE) for n in (source, into, count))
@@ -695,17 +707,13 @@ def _kernel(
 
     def for_singles(item: Any, act: Any) -> None:
         """The same for an item of which no member has more than one."""
-
-        @pl.loop(0, field(item, LIVE))
-        def _(u: Any) -> None:
-            act(u, 0, field(item, ITEM_WORDS + u))
+        _for_each(field(item, LIVE), lambda u: act(u, 0, field(item, ITEM_WORDS + u)))
 
     def fetch_rows(item: Any, rank: int) -> None:
         buffer = field(item, BUFFER)
         num_pieces = _pieces(rank, in_blocks, out_blocks, rows_per_page)
 
-        @pl.loop(0, field(item, SIZE))
-        def _(u: Any) -> None:
+        def of_member(u: Any) -> None:
             word = member_list(item, u, rank)
             into = lists[word + MEMBER_WORDS - 1]
 
@@ -718,6 +726,8 @@ def _kernel(
                 return into + count
 
             _loop(num_pieces, copy, into)
+
+        _for_each(field(item, SIZE), of_member)
 
     def wait_for_rows(item: Any, rank: int) -> None:
         """Also zeroes what lies between and behind the rows: nothing may be NaN there."""
