@@ -1,6 +1,7 @@
-"""The TPU kernel of paged LoRA: interpreted here, and compiled for TPUs that are not here."""
+"""The TPU kernels of paged LoRA: interpreted here, and compiled for TPUs that are not here."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -64,25 +65,96 @@ def test_more_tokens_than_a_register_has_rows():
 
 @pytest.mark.usefixtures("few_in_parallel")
 def test_a_token_does_not_depend_on_how_many_share_its_adapter():
-    """Alone it takes the path of single tokens, with others the path of several: same bits."""
+    """Alone, with a few others and in a tile of many it takes three paths: same bits."""
     results = []
-    for index in ([1, 0, 0], [1, 1, 2], [1, 2, 0]):
+    for index in ([1, 0, 0], [1, 1, 2], [1] * 40 + [2] * 80):
         fixed = {0: np.random.default_rng(99), 1: np.random.default_rng(98)}
         rng = np.random.default_rng(11)
         case = make_case(
             rng,
             suite.uniform(16, 32),
-            index,
+            np.pad(index, (0, 128 - len(index))),
             features=SMALL,
             rows_per_page=96,
             dtype=BF16,
             fixed=fixed,
         )
         with interpreted():
-            _, actual = suite.check(rng, case, BF16, "tpu", groups=(("q", "k", "v"),))
+            _, actual = suite.check(rng, case, BF16, "tpu", groups=(("down",),))
         results.append(np.asarray(actual[0])[0].astype(np.float32))
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)
+
+
+TILED = {  # of 8 + 128 tokens, the first tile short; an item of prefill takes 32
+    "tiles and decode": [1, 2, 0, 3, 0, 0, 0, 3] + [1] * 50 + [2, 0, 3] * 5 + [2] * 33 + [1] * 30,
+    "interleaved": [*range(4)] * 2 + [1, 3, 2, 3] * 32,
+    "no tile is worth it": [0] * 8 + [1, 2, 3, 0] * 7 + [0] * 100,
+    "one adapter": [3] * 136,
+    "base only": [0],
+}
+
+
+@pytest.mark.usefixtures("few_in_parallel")
+@pytest.mark.parametrize("step", TILED)
+def test_tiles(step):
+    """Ranks of a class, between two of them, and absent from a target."""
+    index = np.pad(TILED[step], (0, 136 - len(TILED[step])))
+    ranks = [(16,) * 7, (20, 0, 8, 0, 0, 0, 0), (8,) * 7]
+    check(len(step), ranks, index, groups=(("q", "k", "v"),), rank_bucket=48)
+
+
+@pytest.mark.usefixtures("few_in_parallel")
+def test_tiles_of_large_ranks_cross_pages():
+    """More tokens than a multiple of eight, and blocks than a multiple of 16."""
+    features = {"in_features": (128,) * 6 + (2200,), "out_features": (128,) * 6 + (300,)}
+    ranks = [(0,) * 6 + (72,), (0,) * 6 + (40,)]
+    index = [1] * 40 + [2] * 60 + [0] * 20 + [2, 1] * 5 + [1]
+    check(12, ranks, index, features=features, rows_per_page=32, groups=(("down",),))
+
+
+@pytest.mark.usefixtures("few_in_parallel")
+def test_garbage_in_a_tile_stays_in_its_rows():
+    rng = np.random.default_rng(13)
+    index = np.array(TILED["tiles and decode"])
+    ranks = [(16,) * 7, (20, 0, 8, 0, 0, 0, 0), (8,) * 7]
+    case = make_case(
+        rng, ranks, index, features=SMALL, rows_per_page=96, dtype=BF16, rank_bucket=48
+    )
+    groups = (("q", "k", "v"),)
+    options = {"layer": 1, "groups": groups, "layout": case.layout, "implementation": "tpu"}
+    y, x = case.inputs(rng, groups[0], BF16)
+    spoiled = np.arange(3, 136, 7)
+    others = np.setdiff1d(np.arange(136), spoiled)
+    results = []
+    for garbage in (0, np.nan):
+        y[spoiled], x[spoiled] = garbage, garbage
+        with interpreted():
+            (result,) = suite.run([y], [x], case.pool, case.batch, **options)
+        results.append(np.asarray(result)[others].astype(np.float32))
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("rows_per_page", [32, 96, 512])
+def test_pieces_of_a_run_cover_it_within_pages(rows_per_page):
+    from pallas_kernels.paged_lora import pallas_tpu
+
+    sizes = ((1, 1), (5, 7), (32, 32))
+    for (in_blocks, out_blocks), rank in itertools.product(sizes, (8, 24, 72)):
+        class_rank = next(c for c in pallas_tpu.CLASSES if c >= rank)
+        pieces = pallas_tpu._pieces(class_rank, in_blocks, (out_blocks,), rows_per_page)
+        row = np.arange(0, 2 * rows_per_page, 32, dtype=np.int32)[:, None]
+        rows = pallas_tpu._run_rows(rank, in_blocks, out_blocks)
+        number = np.arange(pieces + 1, dtype=np.int32)[None, :]
+        cuts = np.asarray(
+            pallas_tpu._cut(row, np.int32(rows), np.int32(pieces), number, rows_per_page)
+        )
+        assert (cuts[:, 0] == 0).all()
+        assert (cuts[:, -1] == rows).all()
+        assert (np.diff(cuts) >= 8).all()
+        assert (cuts % 8 == 0).all()
+        first, last = row + cuts[:, :-1], row + cuts[:, 1:] - 1
+        assert (first // rows_per_page == last // rows_per_page).all()
 
 
 def model(hidden, heads, kv_heads, inner, page_size, head_dim=128, in_features=None):
@@ -106,8 +178,8 @@ MODELS = {
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 @pytest.mark.parametrize("name", MODELS)
 def test_compiles(name, chip):
-    """All groups of targets, in a step that also keeps the pool: read where it lies, not copied."""
-    layout, tokens, rank_bucket = MODELS[name], 64, 64
+    """All groups, decode rows and tiles, the pool kept: it is read where it lies, not copied."""
+    layout, tokens, rank_bucket = MODELS[name], 64 + 2 * 128, 64
     num_rows, num_ids = lora_bucket_sizes(rank_bucket, layout)
     shape, ints = jax.ShapeDtypeStruct, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     per_target = ints((num_rows, 7))
