@@ -80,7 +80,8 @@ def check(
     [
         pytest.param(2, "no_extra_collectives", marks=pytest.mark.full),
         (2, "s_lora"),
-        (4, "no_extra_collectives"),
+        pytest.param(4, "no_extra_collectives", marks=pytest.mark.full),
+        (8, "no_extra_collectives"),
         pytest.param(4, "s_lora", marks=pytest.mark.full),
     ],
 )
@@ -88,6 +89,7 @@ def test_tokens_do_not_depend_on_the_number_of_devices(gqa, devices, scheme):
     check(gqa, devices, scheme)
 
 
+@pytest.mark.full
 def test_devices_that_share_heads_sample_as_one_does(gqa):
     on_one = check(gqa, 1, "no_extra_collectives", SAMPLED)
     assert check(gqa, 8, "no_extra_collectives", SAMPLED) == on_one
