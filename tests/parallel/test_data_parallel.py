@@ -27,7 +27,7 @@ def test_prompts_are_shared_and_come_back_in_order(gqa, monkeypatch):
     monkeypatch.setattr(data_parallel, "LEAST_PART", 2)
     prompts = random_prompts((5, 9, 3, 12, 7), seed=4)
     adapter_ids = ["qv", None, "qv", "qv", None]
-    mesh = mesh_of((2, 2), "model", "data")
+    mesh = mesh_of((1, 2), "model", "data")
     with DataParallelLLM(gqa.directory, mesh=mesh, **OPTIONS) as llm:
         owners = [{d for d in copy._mesh.devices.flat} for copy in llm.copies]
         assert owners == [set(mesh.devices[:, 0]), set(mesh.devices[:, 1])]

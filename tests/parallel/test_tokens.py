@@ -75,18 +75,29 @@ def check(
         return others
 
 
-@pytest.mark.parametrize("scheme", ["no_extra_collectives", "s_lora"])
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize(
+    ("devices", "scheme"),
+    [
+        pytest.param(2, "no_extra_collectives", marks=pytest.mark.full),
+        (2, "s_lora"),
+        pytest.param(4, "no_extra_collectives", marks=pytest.mark.full),
+        (8, "no_extra_collectives"),
+        pytest.param(4, "s_lora", marks=pytest.mark.full),
+    ],
+)
 def test_tokens_do_not_depend_on_the_number_of_devices(gqa, devices, scheme):
     check(gqa, devices, scheme)
 
 
+@pytest.mark.full
 def test_devices_that_share_heads_sample_as_one_does(gqa):
     on_one = check(gqa, 1, "no_extra_collectives", SAMPLED)
     assert check(gqa, 8, "no_extra_collectives", SAMPLED) == on_one
     check(gqa, 8, "s_lora")
 
 
-@pytest.mark.parametrize("scheme", ["no_extra_collectives", "s_lora"])
+@pytest.mark.parametrize(
+    "scheme", ["no_extra_collectives", pytest.param("s_lora", marks=pytest.mark.full)]
+)
 def test_a_model_whose_every_head_has_its_own_keys(mha, scheme):
     check(mha, 4, scheme, is_whole=scheme == "no_extra_collectives")
