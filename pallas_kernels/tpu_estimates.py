@@ -193,26 +193,27 @@ def _knowing(name: str, steps: int) -> Callable[..., Any]:
             known = [
                 np.asarray(a).reshape(-1) if a.dtype == jnp.int32 else None for a in args[:count]
             ]
-            kept = [number for number, values in enumerate(known) if values is not None]
+            kept = {number: values for number, values in enumerate(known) if values is not None}
 
             def knowing(*refs: Any) -> None:
                 own, filled = list(refs[: -len(kept)]), refs[-len(kept) :]
 
                 @pl.when(pl.program_id(0) == 0)
                 def _() -> None:
-                    zero = refs[kept[1]][0]  # a table; one word alone would not count as zero
+                    # A table; one word alone would not count as zero.
+                    zero = refs[list(kept)[1]][0]
 
-                    @pl.loop(0, zero + int(os.environ["FILLS"]))
+                    @pl.loop(0, zero + 1)
                     def _(_: Any) -> None:
-                        for number, into in zip(kept, filled, strict=True):
-                            for place in np.flatnonzero(known[number]):
-                                into[int(place)] = zero + int(known[number][place])
+                        for values, into in zip(kept.values(), filled, strict=True):
+                            for place in np.flatnonzero(values):
+                                into[int(place)] = zero + int(values[place])
 
                 for number, into in zip(kept, filled, strict=True):
                     own[number] = into
                 kernel(*own)
 
-            scratch = [pltpu.SMEM(known[number].shape, jnp.int32) for number in kept]
+            scratch = [pltpu.SMEM(values.shape, jnp.int32) for values in kept.values()]
             spec = pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=count,
                 grid=(steps,),
