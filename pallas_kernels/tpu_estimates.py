@@ -119,7 +119,11 @@ def _attention_case(
 
 
 def _lora_case(
-    layout: AdapterLayout, group: tuple[str, ...], ranks: list[int], index: np.ndarray
+    layout: AdapterLayout,
+    group: tuple[str, ...],
+    ranks: list[int],
+    index: np.ndarray,
+    fills: int,
 ) -> tuple[Callable[..., Any], list[Any], int, int, str]:
     """One group of targets in a step, every word of which the compiler knows."""
     from pallas_kernels.paged_lora import pallas_tpu
@@ -140,7 +144,7 @@ def _lora_case(
     ]
 
     def call(y: jax.Array, x: jax.Array, pool: jax.Array) -> jax.Array:
-        with mock.patch.object(pallas_tpu.pl, "pallas_call", _knowing(name, steps)):
+        with mock.patch.object(pallas_tpu.pl, "pallas_call", _knowing(name, steps, fills)):
             return pallas_tpu.paged_lora(y, x, pool, plan, layer=0, group=group, layout=layout)
 
     read = sum(ranks[i - 1] for i in set(index.tolist())) * 2 * (inputs * len(group) + outputs)
@@ -175,11 +179,11 @@ def _lora_batch(layout: AdapterLayout, ranks: list[int], index: np.ndarray) -> L
     return LoraBatch(index, pages, page_start, rank, a_row, b_row, scaling, bucket)
 
 
-def _knowing(name: str, steps: int) -> Callable[..., Any]:
+def _knowing(name: str, steps: int, fills: int) -> Callable[..., Any]:
     """A ``pallas_call`` that tells the compiler, for the kernel ``name``, what its metadata says.
 
     libtpu's profile follows the scalar core, and takes for zero what comes from outside. So the
-    first step of the grid writes the metadata to scalar memory, ``FILLS`` times, and the kernel,
+    first step of the grid writes the metadata to scalar memory, ``fills`` times, and the kernel,
     the one that ships, finds it there. Only the number of steps is told in another way.
     """
     original = pl.pallas_call
@@ -203,7 +207,7 @@ def _knowing(name: str, steps: int) -> Callable[..., Any]:
                     # A table; one word alone would not count as zero.
                     zero = refs[list(kept)[1]][0]
 
-                    @pl.loop(0, zero + 1)
+                    @pl.loop(0, zero + fills)
                     def _(_: Any) -> None:
                         for values, into in zip(kept.values(), filled, strict=True):
                             for place in np.flatnonzero(values):
@@ -228,12 +232,13 @@ def _knowing(name: str, steps: int) -> Callable[..., Any]:
     return pallas_call
 
 
-def _estimate(name: str, chip: str, dump: str) -> dict[str, Any]:
+def _estimate(name: str, chip: str, dump: str, fills: int) -> dict[str, Any]:
     """Compile one case for one chip; libtpu writes what it estimates under ``dump``."""
     if name == MATMUL:
         case = _matmul_case()
     else:
-        case = _attention_case(*ATTENTION[name]) if name in ATTENTION else _lora_case(*LORA[name])
+        in_attention = name in ATTENTION
+        case = _attention_case(*ATTENTION[name]) if in_attention else _lora_case(*LORA[name], fills)
     call, args, read, steps, kernel = case
     topology, bandwidth, frequency = CHIPS[chip]
     devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
@@ -278,8 +283,17 @@ def _in_process(name: str, chip: str, *, fills: int, profile: bool) -> dict[str,
         if profile:
             flags += f" --xla_jf_dump_static_llo_profile_to={dump}/prof"
         done = subprocess.run(
-            [sys.executable, "-m", "pallas_kernels.tpu_estimates", "--one", name, chip, dump],
-            env=os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags, "FILLS": str(fills)},
+            [
+                sys.executable,
+                "-m",
+                "pallas_kernels.tpu_estimates",
+                "--one",
+                name,
+                chip,
+                dump,
+                str(fills),
+            ],
+            env=os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags},
             capture_output=True,
             text=True,
             preexec_fn=functools.partial(setrlimit, RLIMIT_CORE, (0, 0)),
@@ -294,10 +308,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
-    parser.add_argument("--one", nargs=3, metavar=("KERNEL", "CHIP", "FOLDER"))
+    parser.add_argument("--one", nargs=4, metavar=("KERNEL", "CHIP", "FOLDER", "FILLS"))
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(_estimate(*options.one)))
+        name, chip, folder, fills = options.one
+        print(json.dumps(_estimate(name, chip, folder, int(fills))))
         return
     for chip in options.chips:
         for name in (*ATTENTION, *LORA, MATMUL):
