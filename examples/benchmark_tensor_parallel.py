@@ -7,8 +7,8 @@ while all of them run:
     NCCL_NVLS_ENABLE=0 python examples/benchmark_tensor_parallel.py --settings S4 G1 \
         --tensor-parallel 1 2 --json tensor_parallel.jsonl
 
-Each engine has a process of its own; all of them start and compile side by side, and then measure
-one after the other. Prints, beside tokens a second: the ceiling of retention (with adapters over
+Each engine has a process of its own; all of one setting start and compile side by side, each with
+its share of the devices' memory, and then measure one after the other. Prints, beside tokens a second: the ceiling of retention (with adapters over
 without), which is what the bytes that a device must read and the collectives' own measured time
 allow; memory per device; and, with --profile, where a step's time goes.
 """
@@ -225,22 +225,37 @@ def main() -> None:
     if args.only:
         measure(args, args.only[0], int(args.only[1]), args.only[2])
         return
-    engines = [
-        (setting, count, scheme)
-        for setting in args.settings
-        for count in args.tensor_parallel
-        for scheme in (args.partitions if count > 1 else args.partitions[:1])
-    ]
-    rows = [row for engine in take_turns(engines) for row in engine]
-    report(rows, args)
+    for setting in args.settings:  # one at a time: more do not fit the devices side by side
+        engines = [
+            (setting, count, scheme)
+            for count in args.tensor_parallel
+            for scheme in (args.partitions if count > 1 else args.partitions[:1])
+        ]
+        rows = []
+        for of_engine in take_turns(engines):
+            for row in of_engine:
+                print(f"  {row}", flush=True)  # whatever becomes of the others
+            rows += of_engine
+        report(rows, args)
+
+
+def memory_shares(engines: Sequence[tuple[str, int, str]]) -> list[float]:
+    """What each engine may take of a device, of which a tenth is left to NCCL and the like.
+
+    Weights are 1/N of one device's, adapters up to (1 + 1/N) / 2.
+    """
+    needs = [0.3 + 0.7 / count for _, count, _ in engines]
+    return [0.9 * need / sum(needs) for need in needs]
 
 
 def take_turns(engines: Sequence[tuple[str, int, str]]) -> Iterator[list[dict[str, Any]]]:
     """The rows of each engine: all get ready together, then measure one after the other."""
     begin = time.monotonic()
     children = []
+    shares = memory_shares(engines)
     for index, engine in enumerate(engines):
         environment = dict(os.environ)
+        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{shares[index]:.3f}")
         environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         environment.setdefault("NCCL_NVLS_ENABLE", "0")
         if engine[1] == 1:  # side by side with others
