@@ -8,9 +8,10 @@ while all of them run:
         --tensor-parallel 1 2 --json tensor_parallel.jsonl
 
 Each engine has a process of its own; all of one setting start and compile side by side, each with
-its share of the devices' memory, and then measure one after the other. Prints, beside tokens a second: the ceiling of retention (with adapters over
-without), which is what the bytes that a device must read and the collectives' own measured time
-allow; memory per device; and, with --profile, where a step's time goes.
+its share of the devices' memory, and then measure one after the other. Prints, beside tokens a
+second: the ceiling of retention (with adapters over without), which is what the bytes that a device
+must read and the collectives' own measured time allow; memory per device; and, with --profile,
+where a step's time goes.
 """
 
 from __future__ import annotations
