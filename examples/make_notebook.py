@@ -216,7 +216,7 @@ examples = [
 trainer = Trainer(
     llm.base_model,
     config,
-    TrainingConfig(num_steps=6, batch_size=1, max_length=192, learning_rate=5e-3, warmup_steps=1),
+    TrainingConfig(num_steps=12, batch_size=1, max_length=192, learning_rate=5e-3, warmup_steps=1),
 )
 llm.load_adapter("pong", trainer.adapter, config)
 print("before:", ask(["Good morning"], ["pong"], max_tokens=8))
