@@ -21,6 +21,7 @@ from pallas_kernels.paged_lora import reference
 from pallas_kernels.paged_lora.batch import LoraBatch
 from slora_jax import LLM, EngineConfig
 from slora_jax.forward_programs import over_leaves
+from slora_jax.layers import lora
 from slora_jax.models import llama
 from slora_jax.scheduler import make_scheduler
 
@@ -92,8 +93,8 @@ def use_padded_bmm(largest_rank: int) -> None:
         return Rows(batch, *layout_of_step)
 
     llama.attention_op = types.SimpleNamespace(prepare=prepare_attention)
-    llama.lora_op = types.SimpleNamespace(prepare=prepare_lora)
-    llama.paged_lora = functools.partial(padded_bmm, largest_rank)
+    lora.lora_op = types.SimpleNamespace(prepare=prepare_lora)
+    lora.paged_lora = functools.partial(padded_bmm, largest_rank)
 
 
 def padded_bmm(

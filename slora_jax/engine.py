@@ -293,8 +293,9 @@ class Engine:
         """
         if self._is_stepping:
             self._abort_after_step.append(generation)
-        elif self._closed_because is None and not generation.finished:
-            self.record("abort", generation.request_id)
+        elif not generation.finished:
+            if self._closed_because is None:
+                self.record("abort", generation.request_id)
             self._abort(generation)
 
     def _abort(self, generation: Generation) -> None:

@@ -41,16 +41,17 @@ def test_baselines_of_the_host_half(compiled_llm: LLM, tiny: TinyModel, expected
             llm.load_adapter(name, tiny.adapters[name])
         run = serve(llm, requests(), NAMES)
         assert [s.tokens for s in run.served] == expected
-        assert measure_run(run)["aborted"] == 0
+        assert measure_run(run, None)["aborted"] == 0
         llm.engine.scheduler.check_invariants()
 
 
 @pytest.mark.slow
 def test_baselines_of_the_device_half(tmp_path, monkeypatch):
+    from slora_jax.layers import lora
     from slora_jax.models import llama
 
-    for name in ("paged_lora", "lora_op", "attention_op"):  # `bmm` replaces them
-        monkeypatch.setattr(llama, name, getattr(llama, name))
+    for module, name in ((lora, "paged_lora"), (lora, "lora_op"), (llama, "attention_op")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # `bmm` replaces them
     write_synthetic_llama(tmp_path / "model", seed=1)
     setting = Setting(str(tmp_path / "model"), (16, 8), ATTENTION)
     options = {"dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 32}
