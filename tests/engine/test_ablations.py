@@ -56,7 +56,8 @@ def test_baselines_of_the_device_half(tmp_path, monkeypatch):
     setting = Setting(str(tmp_path / "model"), (16, 8), ATTENTION)
     options = {"dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 32}
     options |= {"kernels": "xla", "max_model_len": 128, "pool_bytes": 2**21}
-    others = dict.fromkeys(("scheduler", "ttft_slo", "cluster_size", "prefetch"))
+    names = ("scheduler", "ttft_slo", "cluster_size", "prefetch", "tensor_parallel")
+    others = dict.fromkeys((*names, "lora_partition"))
     tokens = {}
     for baseline in (None, "bmm", "merge"):
         args = argparse.Namespace(
