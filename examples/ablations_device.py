@@ -53,6 +53,7 @@ def _new_host_half(llm: LLM, config: EngineConfig, make_cache: Callable, policy=
     if policy is not None:  # it bounds waits itself
         config = dataclasses.replace(config, max_overtakes=10**9, prefetch=0)
     engine.cache = make_cache(engine.allocator, engine.store)
+    on_finish = engine.scheduler.on_finish  # the engine's counts
     engine.scheduler = make_scheduler(
         config,
         engine.allocator,
@@ -66,6 +67,7 @@ def _new_host_half(llm: LLM, config: EngineConfig, make_cache: Callable, policy=
         clock=engine._clock,
         policy=policy,
     )
+    engine.scheduler.on_finish = on_finish
 
 
 # -- bmm -------------------------------------------------------------------------------------------

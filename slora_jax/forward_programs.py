@@ -113,6 +113,8 @@ class Programs:
         It returns the program (``jax.stages.Compiled``).
         """
         key = _key(args, static)
+        if key in self._compiled:
+            return lambda: self._compiled[key]
         jitted = self._jitted
         if self._traces is not None:
             jitted, static = self._traced(self._traces, args, static), {}

@@ -42,6 +42,7 @@ def test_baselines_of_the_host_half(compiled_llm: LLM, tiny: TinyModel, expected
         run = serve(llm, requests(), NAMES)
         assert [s.tokens for s in run.served] == expected
         assert measure_run(run, None)["aborted"] == 0
+        assert llm.stats().output_tokens == sum(len(tokens) for tokens in expected)
         llm.engine.scheduler.check_invariants()
 
 

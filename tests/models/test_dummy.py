@@ -84,6 +84,9 @@ def test_after_warming_up_the_runner_compiles_nothing_for_its_sizes(tmp_path):
         llm.generate(["abc"] * 4, ["a", "b", None, "a"], params)
         llm.generate(["abcdefghij"] * 4, None, params)
         assert llm.stats().compiles == ready
+        programs = dict(runner._forward._programs._compiled)
+        llm.warm_up()
+        assert runner._forward._programs._compiled == programs  # the very same ones
 
 
 def test_a_larger_step_needs_more_memory(tmp_path):
