@@ -296,10 +296,7 @@ class ModelRunner:
         self.pool: Pool = self._allocate_pool()
         self._table_width = -(-max_model_len // view.kv.page_size)
         self._adapters: dict[int, ResidentAdapter] = {}
-        # Groups that cost collectives are computed once an adapter has them; others are as cheap
-        # as a program more.
-        is_cut = len(view.adapters.stages) > 1
-        self._groups: tuple[tuple[str, ...], ...] = () if is_cut else GROUPS
+        self._groups: tuple[tuple[str, ...], ...] = ()  # that any adapter so far has
         max_tiles = max_prefill_tokens // prefill_tile
         self._max_tiles = max_tiles
         self._steps = step_buckets(view.kernels, max_num_seqs, max_tiles, prefill_tile)

@@ -57,7 +57,7 @@ class LoRALinear(nnx.Module):
 
     Cut over devices (Megatron-LM, arXiv 1909.08053), by outputs where the first of ``axes`` is, and
     by inputs where the second is: then each device's output is a part of the sum, its adapters'
-    term included, and one all-reduce adds them up. Features are a device's own.
+    term included, and one all-reduce in ``added_to`` adds them up. Features are a device's own.
     """
 
     def __init__(
@@ -80,10 +80,24 @@ class LoRALinear(nnx.Module):
         init = jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(shape[1])
         self.weight = sharded_param(init.astype(dtype), axes)
         self.group = group
-        self.is_partial = by_input
         self.shards = shards
 
     def __call__(self, x: jax.Array, pool: jax.Array, add_lora: AddLora) -> jax.Array:
         """``x`` [tokens, in] → [tokens, sum of outputs], the group's outputs side by side."""
-        y = add_lora(dot(x, self.weight[...]), x, pool, self.group)
-        return self.shards.sum(y) if self.is_partial else y
+        return add_lora(dot(x, self.weight[...]), x, pool, self.group)
+
+    def added_to(
+        self, stream: jax.Array, x: jax.Array, pool: jax.Array, add_lora: AddLora
+    ) -> jax.Array:
+        """``stream`` [tokens, outputs] + the layer's output for ``x`` [tokens, in].
+
+        On one device the matmul adds to the stream itself, and LoRA to the sum: an elementwise pass
+        less (cuBLAS' epilogue). The barrier makes the stream of one precision, whatever XLA would
+        fuse with it, and keeps the next norm one kernel.
+        """
+        y = dot(x, self.weight[...])
+        if self.shards.count == 1:
+            stream = add_lora(stream + y, x, pool, self.group)
+        else:
+            stream = stream + self.shards.sum(add_lora(y, x, pool, self.group))
+        return jax.lax.optimization_barrier(stream)

@@ -181,12 +181,13 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
+        stream: jax.Array,
         x: jax.Array,
         pool: jax.Array,
         context: Context,
         add_lora: AddLora,
     ) -> tuple[jax.Array, jax.Array]:
-        """``x`` [T, hidden] → (same, this layer's pool with the new K and V in it)."""
+        """``x`` [T, hidden] → (``stream`` + same, this layer's pool with the new K and V in it)."""
         cfg, tokens = self.config, x.shape[0]
         q_size, kv_size = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         q, k, v = jnp.split(self.qkv(x, pool, add_lora), [q_size, q_size + kv_size], axis=-1)
@@ -194,7 +195,7 @@ class Attention(nnx.Module):
         k = apply_rope(k.reshape(tokens, cfg.num_kv_heads, cfg.head_dim), context.angles)
         v = v.reshape(tokens, cfg.num_kv_heads, cfg.head_dim)
         attended, pool = context.attend(q, k, v, pool)
-        return self.out(attended.reshape(tokens, q_size), pool, add_lora), pool
+        return self.out.added_to(stream, attended.reshape(tokens, q_size), pool, add_lora), pool
 
 
 class MLP(nnx.Module):
@@ -214,10 +215,12 @@ class MLP(nnx.Module):
             *config.group_features(DOWN), DOWN, ("embed", "mlp"), shards, dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, x: jax.Array, pool: jax.Array, add_lora: AddLora) -> jax.Array:
-        """``x`` [T, hidden] → same shape; ``pool`` holds the adapters."""
+    def __call__(
+        self, stream: jax.Array, x: jax.Array, pool: jax.Array, add_lora: AddLora
+    ) -> jax.Array:
+        """``x`` [T, hidden] → ``stream`` + same; ``pool`` holds the adapters."""
         gate, up = jnp.split(self.gate_up(x, pool, add_lora), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up, pool, add_lora)
+        return self.down.added_to(stream, jax.nn.silu(gate) * up, pool, add_lora)
 
 
 class Block(nnx.Module):
@@ -242,10 +245,9 @@ class Block(nnx.Module):
         """
         add_lora = context.lora_of_layer(layer)
         with jax.named_scope("attention"):
-            delta, pool = self.attention(self.input_norm(x), pool, context, add_lora)
-        x = x + delta
+            x, pool = self.attention(x, self.input_norm(x), pool, context, add_lora)
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_attention_norm(x), pool, add_lora), pool
+            return self.mlp(x, self.post_attention_norm(x), pool, add_lora), pool
 
 
 class Llama(nnx.Module):
