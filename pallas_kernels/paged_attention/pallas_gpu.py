@@ -8,7 +8,8 @@ another head's key are masked. That wastes nothing: one head at a time would pad
 64 as well, so that both do 64 products a row. A row's keys are cut into splits of a length that its
 own length decides, each an item of work with a softmax of its own; the persistent grid shares items
 out evenly by blocks, whoever they belong to, and a second kernel merges the splits of long rows.
-So ragged lengths balance, and a row's bits depend on nothing but the row.
+So ragged lengths balance, and a row's bits depend on nothing but the row (and on whether the step
+has room for more than 16).
 
 Prefill. One program per query head and up to 128 tokens of a sequence, as in FlashAttention-3
 (Shah et al., arXiv 2407.08608): a warpgroup loads 128 keys at a time page by page, two compute for
@@ -70,7 +71,12 @@ KEY_STAGES = 2
 """Blocks of K, and of V, that lie in shared memory at once in prefill."""
 
 SPLIT_BYTES = 2**20
-"""K and V of a split, about: less makes more partial results, more balances worse."""
+"""K and V of a split, about, in steps of many rows: less makes more partial results, more balances
+worse."""
+
+FEW_ROWS, FEW_ROWS_SPLIT_BYTES = 16, 2**18
+"""Steps with room for no more rows than this have smaller splits: one program reads 1 MiB in 32 us,
+and there are not rows enough to keep the others busy meanwhile."""
 
 MAX_SPLITS = 32
 """Splits a row; longer rows have longer ones."""
@@ -151,7 +157,7 @@ def prepare(batch: AttentionBatch, layout: KVLayout, num_heads: int) -> Work:
     if num_rows > num_decode:
         check_step(tile=tile)
     max_keys = num_pages * layout.page_size
-    split = _split_tokens(layout)
+    split = _split_tokens(layout, num_decode)
     rows, streams = _decode_work(
         jnp.asarray(batch.positions[:num_decode]) + 1, split, max_keys, layout.num_kv_heads
     )
@@ -191,10 +197,13 @@ def _prefill_work(batch: AttentionBatch) -> jax.Array:
     return tiles[jnp.argsort(-keys)]
 
 
-def _split_tokens(layout: KVLayout) -> int:
-    """Tokens of a split of a row of no more than MAX_SPLITS: a power of two, 64 to 512."""
-    tokens = SPLIT_BYTES // (layout.rows_per_token * LANES * 2)
-    return min(max(2 ** int(math.log2(max(tokens, 1))), 64), 512)
+def _split_tokens(layout: KVLayout, num_decode: int) -> int:
+    """Tokens of a split of a row of no more than MAX_SPLITS: a power of two, 16 to 512, and whole
+    blocks."""
+    size = FEW_ROWS_SPLIT_BYTES if num_decode <= FEW_ROWS else SPLIT_BYTES
+    tokens = size // (layout.rows_per_token * LANES * 2)
+    least = max(16, ROWS // math.gcd(ROWS, layout.num_kv_heads))
+    return min(max(2 ** int(math.log2(max(tokens, 1))), least), 512)
 
 
 def _max_splits(split: int, max_keys: int) -> int:

@@ -30,15 +30,15 @@ def test_plain_xla_pays_for_each_row():
 def test_kernels_share_programs():
     buckets = step_buckets("gpu", 256, 128, 16)
     sizes = {buckets.choose((d, 0, r)) for d in range(1, 257) for r in (0, 8, 512, 1024)}
-    assert sizes == {(d, 0, r) for d in (16, 64, 256) for r in (0, 1024)}
+    assert sizes == {(d, 0, r) for d in (16, 64, 128, 192, 256) for r in (0, 1024)}
     mixed = {buckets.choose((d, t, 8)) for d in range(0, 200, 7) for t in range(1, 129)}
-    assert mixed == {(256, 8 * t, 1024) for t in (1, 2, 3, 4, 6, 8, 12, 16)}
+    assert mixed == {(d, 8 * t, 1024) for d in (64, 128, 256) for t in (1, 2, 3, 4, 6, 8, 12, 16)}
 
 
 @pytest.mark.parametrize("kernels", ["tpu", "gpu"])
 def test_what_is_compiled_ahead_serves_every_step(kernels):
     buckets = step_buckets(kernels, 100, 32, 16)
-    ahead = {buckets.choose(need) for need in steps_to_come(100, 32, 700)}
+    ahead = {buckets.choose(need) for need in steps_to_come(kernels, 100, 32, 700)}
     for decode in range(101):
         for tiles in range(33):
             for rank in (0, 700):

@@ -28,10 +28,10 @@ def directory(tmp_path_factory):
     return path
 
 
-def serve(directory, kernels, lengths, names):
+def serve(directory, kernels, lengths, names, dtype="bfloat16"):
     """(prompt log-probabilities, tokens) of each request."""
     rng = np.random.default_rng(0)
-    with LLM(directory / "model", dtype="bfloat16", kernels=kernels, **OPTIONS) as llm:
+    with LLM(directory / "model", dtype=dtype, kernels=kernels, **OPTIONS) as llm:
         for seed, (name, rank) in enumerate(RANKS.items()):
             path = directory / name
             if not path.exists():
@@ -56,10 +56,13 @@ def test_kernels_score_prompts_as_xla_does(directory):
     names = [None, *RANKS] * 6
     by_kernels, tokens = serve(directory, "gpu", lengths, names)
     by_xla, other_tokens = serve(directory, "xla", lengths, names)
-    for ours, theirs in zip(by_kernels, by_xla, strict=True):
-        # Log-probabilities of -5 to -25 in bfloat16; another adapter moves them by whole units.
+    exact, _ = serve(directory, "xla", lengths, names, dtype="float32")
+    # Log-probabilities of -5 to -25; another adapter moves them by whole units.
+    for ours, theirs in zip(by_kernels, exact, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=0.5)
-        if len(ours) > 8:
-            assert np.sqrt(np.mean((ours - theirs) ** 2)) < 0.12
+    ours, theirs, exact = map(np.concatenate, (by_kernels, by_xla, exact))
+    # What bfloat16 itself costs is the measure: kernels may not add to it.
+    rounding = np.sqrt(np.mean((theirs - exact) ** 2))
+    assert np.sqrt(np.mean((ours - exact) ** 2)) < 1.1 * rounding
     same = [a[:8] == b[:8] for a, b in zip(tokens, other_tokens, strict=True)]
     assert np.mean(same) > 0.8  # bfloat16: near ties may fall either way
