@@ -57,7 +57,7 @@ class Run:
 
     seconds: float
     served: list[Served]
-    counters: dict[str, int]
+    counters: dict[str, float]
     """What ``LLM.stats`` counted meanwhile."""
 
 
@@ -101,7 +101,9 @@ def serve(
         recorder.write(steps_out)
     after = dataclasses.asdict(llm.stats())
     counters = {
-        name: value - before[name] for name, value in after.items() if isinstance(value, int)
+        name: value - before[name]
+        for name, value in after.items()
+        if isinstance(value, int | float)
     }
     return Run(seconds, served, counters)
 
@@ -135,6 +137,7 @@ def measure_run(run: Run, roof: float | None) -> dict[str, float]:
     result["steps"] = run.counters["steps"]
     result["ms_per_step"] = 1e3 * run.seconds / steps
     result["padding_share"] = 1 - run.counters["tokens"] / rows
+    result["wait_share"] = run.counters["wait_seconds"] / run.seconds
     result["bytes_per_s"] = run.counters["bytes_read"] / run.seconds
     if roof is not None:
         result["share_of_roof"] = result["bytes_per_s"] / roof
@@ -374,7 +377,8 @@ def print_row(name: str, m: dict[str, float], base: float | None) -> None:
         f"{name}: {m['output_tokens_per_s']:.1f} output tokens/s, "
         f"{m['requests_per_s']:.2f} requests/s{retention}\n"
         f"  {int(m['steps'])} steps of {m['ms_per_step']:.2f} ms, "
-        f"padding {m['padding_share']:.1%}, {m['bytes_per_s'] / 1e12:.2f} TB/s"
+        f"padding {m['padding_share']:.1%}, the host waits {m['wait_share']:.0%}, "
+        f"{m['bytes_per_s'] / 1e12:.2f} TB/s"
         + (f" ({m['share_of_roof']:.1%} of the roof)" if "share_of_roof" in m else "")
         + f", {counts}\n"
         f"  ms at p50 / p90 / p99: {times}; SLO {m['slo_attainment']:.3f}, "

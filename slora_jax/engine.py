@@ -138,6 +138,7 @@ class Engine:
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)
         self._num_steps = 0
+        self._wait_seconds = 0.0
         self._launched: LaunchedStep | None = None
         self._closed_because: str | None = None
         self._failure: BaseException | None = None  # of a step, not recovered from
@@ -344,7 +345,10 @@ class Engine:
             previous, self._launched = self._launched, launched
             touched = self._end_failed(output)
             if previous is not None:
-                touched += self._postprocess(previous.read())
+                began = self._clock()
+                results = previous.read()
+                self._wait_seconds += self._clock() - began
+                touched += self._postprocess(results)
             return touched
         except BaseException as error:
             # The pool was donated to the call that failed: nothing in it can be relied on.
@@ -512,6 +516,7 @@ class Engine:
             tokens=self._runner.num_tokens,
             token_rows=self._runner.num_token_rows,
             bytes_read=self._runner.num_bytes,
+            wait_seconds=self._wait_seconds,
             swap_ins=self.cache.swap_ins,
             swap_in_bytes=self.cache.swap_in_bytes,
             prefetches=self.scheduler.prefetches,

@@ -118,6 +118,9 @@ class EngineStats:
     bytes_read: int
     """Bytes that the steps had to read at least: weights, and pages of KV and adapters, each once a
     step."""
+    wait_seconds: float
+    """For which the host waited for the device's results. None at all would mean that the host is
+    what holds steps back."""
     swap_ins: int
     swap_in_bytes: int
     disk_reloads: int
