@@ -270,7 +270,10 @@ class LayeredForward:
 
 def _receive(packed: Packed, sampled: jax.Array) -> ForwardBatch:
     """The batch, with the tokens that never left the device in their places."""
-    batch: ForwardBatch = unpack(packed)
+    # A copy, so that one kernel alone reads what comes at another address in each step: a CUDA graph
+    # takes about 10 us of the host's time for each kernel whose addresses change.
+    words = jax.lax.optimization_barrier(jnp.concatenate([packed.words, sampled]))
+    batch: ForwardBatch = unpack(dataclasses.replace(packed, words=words))
     row, num_decode = batch.sampled_row, batch.attention.num_decode
     fed = jnp.where(row >= 0, sampled[jnp.maximum(row, 0)], batch.token_ids[:num_decode])
     return dataclasses.replace(
