@@ -251,24 +251,25 @@ def kv_write(
     padding = ((0, 0), (0, 0), (0, lanes - head_dim))
     k = jnp.pad(k, padding).astype(pool_layer.dtype)
     v = jnp.pad(v, padding).astype(pool_layer.dtype)
-    # One row per token and part: [K and V together], or [K], [V].
-    parts = [jnp.concatenate([k, v], axis=-1)] if lanes < LANES else [k, v]
+    # K and V as one array: XLA computes it in one kernel, RoPE included. One row per token and part:
+    # [K and V together], or [K], [V].
+    num_parts, axis = (1, 2) if lanes < LANES else (2, 1)
     width = num_kv_heads * LANES
-    parts = [part.reshape(tokens, width) for part in parts]
+    kv = jnp.concatenate([k, v], axis=axis).reshape(tokens, num_parts * width)
 
-    def body(slots_ref: Any, *refs: Any) -> None:
-        part_refs, pool_ref = refs[:-1], refs[-1]
+    def body(slots_ref: Any, kv_ref: Any, pool_ref: Any) -> None:
         token = lax.axis_index("token")
         slot = slots_ref[token]
 
         @pl.when(slot >= page_size)
         def _write() -> None:
-            first = lax.div(slot, page_size) * len(parts) * page_size + lax.rem(slot, page_size)
-            for number, part_ref in enumerate(part_refs):
-                pool_ref[first + number * page_size] = part_ref[token]
+            first = lax.div(slot, page_size) * num_parts * page_size + lax.rem(slot, page_size)
+            for number in range(num_parts):
+                part = kv_ref[token, pl.ds(number * width, width)]
+                pool_ref[first + number * page_size] = part
 
     pool_ref = jax.new_ref(pool_layer.reshape(-1, width))
-    plgpu.kernel(body, grid=(tokens,), grid_names=("token",))(work.slots, *parts, pool_ref)
+    plgpu.kernel(body, grid=(tokens,), grid_names=("token",))(work.slots, kv, pool_ref)
     return jax.freeze(pool_ref).reshape(pool_layer.shape)
 
 
