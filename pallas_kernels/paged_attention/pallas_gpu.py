@@ -251,8 +251,8 @@ def kv_write(
     padding = ((0, 0), (0, 0), (0, lanes - head_dim))
     k = jnp.pad(k, padding).astype(pool_layer.dtype)
     v = jnp.pad(v, padding).astype(pool_layer.dtype)
-    # K and V as one array: XLA computes it in one kernel, RoPE included. One row per token and part:
-    # [K and V together], or [K], [V].
+    # K and V as one array, which XLA computes in one kernel, RoPE included. One row per token and
+    # part: [K and V together], or [K], [V].
     num_parts, axis = (1, 2) if lanes < LANES else (2, 1)
     width = num_kv_heads * LANES
     kv = jnp.concatenate([k, v], axis=axis).reshape(tokens, num_parts * width)

@@ -4,11 +4,13 @@ Prefill (MBGMM) takes the same launch, its segments merely full.
 
 The step's tokens are sorted by adapter and cut into segments of a few tokens of one adapter; an
 item is one segment and one target, and a fixed number of programs share the items, largest rank
-first. In each program one warpgroup streams the item's A, then its Bᵀ, through a ring in shared
-memory, in chunks of 64 rows (two TMA boxes of 32, which never cross a page), and runs ahead into
-the next item; the other multiplies. Eight column blocks of all r ranks are 8 r rows, so exactly
-r / 8 chunks: a *window*. The k-th chunk of every window (its *class*) holds the same ranks of the
-same blocks of the window, which makes any rank that is a multiple of 8 regular:
+first. A step with room for few tokens would leave most of them idle: there several share an item,
+each computes h and then a part of the outputs. In each program one warpgroup streams the item's A,
+then its Bᵀ, through a ring in shared memory, in chunks of 64 rows (two TMA boxes of 32, which never
+cross a page), and runs ahead into the next item; the other multiplies. Eight column blocks of all r
+ranks are 8 r rows, so exactly r / 8 chunks: a *window*. The k-th chunk of every window (its *class*)
+holds the same ranks of the same blocks of the window, which makes any rank that is a multiple of 8
+regular:
 
 - Shrink: ``chunk [64, 128] · xᵀ``, with eight blocks of each token as columns, summed over the
   windows of a class; of each row only the column of its own block is meant. The rest is thrown
@@ -101,6 +103,8 @@ class _Item:
     count: Any
     a_rows: Any
     b_rows: Any
+    first_window: Any
+    end_window: Any
     a_row: Any
     b_row: Any
     pages: Any
@@ -323,7 +327,9 @@ def _decode(
     rows_per_page = pool.shape[1]
     x_windows = x.shape[1]
     columns = WINDOW * size
-    programs = min(PROGRAMS, segments.shape[0] * len(out_blocks))
+    num_items = segments.shape[0] * len(out_blocks)
+    parts = max(min(PROGRAMS // num_items, -(-max(out_blocks) // WINDOW)), 1)
+    programs = min(PROGRAMS, num_items * parts)
     used = 2 * (
         x_windows * columns * LANES + KEPT * CHUNK * CHUNK + CHUNK * LANES + 4 * WINDOW * SUMS
     )
@@ -338,7 +344,7 @@ def _decode(
         ) = refs  # fmt: skip
         program = lax.axis_index("program")
         # Back and forth over the programs: a larger item of one round, a smaller of the next.
-        count = num_segments[0] * len(out_blocks)
+        count = num_segments[0] * (len(out_blocks) * parts)
         whole_rounds = lax.div(count, programs)
         seat = jnp.where(lax.rem(whole_rounds, 2) == 0, program, programs - 1 - program)
         rounds = whole_rounds + (seat < lax.rem(count, programs)).astype(jnp.int32)
@@ -346,17 +352,25 @@ def _decode(
         def read_item(turn):
             """An item's words: both warpgroups read them a turn ahead, to hide the latency."""
             seat = jnp.where(lax.rem(turn, 2) == 0, program, programs - 1 - program)
-            item = turn * programs + seat
+            number = turn * programs + seat
+            item, part = lax.div(number, jnp.int32(parts)), lax.rem(number, jnp.int32(parts))
             segment = lax.div(item, jnp.int32(len(out_blocks)))
             segment = jnp.minimum(segment, segments.shape[0] - 1)
             target = lax.rem(item, jnp.int32(len(out_blocks)))
             rank = segments[segment, RANK + first_target + target]
+            windows = _ceil_div(_pick(out_blocks, target), WINDOW)
+            of_part = _ceil_div(windows, parts)
+            first_window = part * of_part
+            end_window = jnp.minimum(first_window + of_part, windows)
+            works = (rank > 0) & (first_window < end_window)
             return _Item(
                 target=target,
                 rank=jnp.maximum(rank, WINDOW),  # without the target: of rank 8, no token, no rows
-                count=jnp.where(rank > 0, segments[segment, COUNT], 0),
-                a_rows=in_blocks * rank,
+                count=jnp.where(works, segments[segment, COUNT], 0),
+                a_rows=jnp.where(works, in_blocks * rank, 0),
                 b_rows=_pick(out_blocks, target) * rank,
+                first_window=first_window,
+                end_window=jnp.where(works, end_window, first_window),
                 a_row=segments[segment, A_ROW + first_target + target],
                 b_row=segments[segment, B_ROW + first_target + target],
                 pages=segments[segment, PAGES],
@@ -427,6 +441,8 @@ def _decode(
             def copy_item(turn, item, sent):
                 classes = lax.div(item.rank, WINDOW)
                 a_chunks, b_chunks = _ceil_div(item.a_rows, CHUNK), _ceil_div(item.b_rows, CHUNK)
+                first_b = item.first_window * classes
+                end_b = jnp.minimum(item.end_window * classes, b_chunks)
 
                 @pl.when(turn > 0)
                 def _():
@@ -453,7 +469,7 @@ def _decode(
                 def copy_b(chunk, sent):
                     return copy_chunk(item, item.b_row, item.b_rows, chunk, sent)
 
-                return lax.fori_loop(0, b_chunks, copy_b, sent)
+                return lax.fori_loop(first_b, end_b, copy_b, sent)
 
             sent = each_item(copy_item)
 
@@ -616,7 +632,7 @@ def _decode(
                     each_token(item, write)
                     return taken + num_chunks
 
-                return lax.fori_loop(0, _ceil_div(b_chunks, classes), expand_window, taken)
+                return lax.fori_loop(item.first_window, item.end_window, expand_window, taken)
 
             each_item(compute_item)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
