@@ -7,10 +7,10 @@ item is one segment and one target, and a fixed number of programs share the ite
 first. A step with room for few tokens would leave most of them idle: there several share an item,
 each computes h and then a part of the outputs. In each program one warpgroup streams the item's A,
 then its Bᵀ, through a ring in shared memory, in chunks of 64 rows (two TMA boxes of 32, which never
-cross a page), and runs ahead into the next item; the other multiplies. Eight column blocks of all r
-ranks are 8 r rows, so exactly r / 8 chunks: a *window*. The k-th chunk of every window (its *class*)
-holds the same ranks of the same blocks of the window, which makes any rank that is a multiple of 8
-regular:
+cross a page), and runs ahead into the next item; the other multiplies. Eight column blocks of all
+r ranks are 8 r rows, so exactly r / 8 chunks: a *window*. The k-th chunk of every window (its
+*class*) holds the same ranks of the same blocks of the window, which makes any rank that is a
+multiple of 8 regular:
 
 - Shrink: ``chunk [64, 128] · xᵀ``, with eight blocks of each token as columns, summed over the
   windows of a class; of each row only the column of its own block is meant. The rest is thrown
