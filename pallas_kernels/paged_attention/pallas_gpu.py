@@ -11,7 +11,7 @@ out evenly by blocks, whoever they belong to, and a second kernel merges the spl
 So ragged lengths balance, and a row's bits depend on nothing but the row (and on whether the step
 has room for more than 16).
 
-Prefill. One program per query head and up to 128 tokens of a sequence, as in FlashAttention-3
+Prefill. A tile is a query head and up to 128 tokens of a sequence, as in FlashAttention-3
 (Shah et al., arXiv 2407.08608): a warpgroup loads 128 keys at a time page by page, two compute for
 64 tokens each and take turns on the tensor cores. Blocks past the last token are not read. The
 batch's tiles are units of 16 tokens, so that a short chunk pads the step's matmuls by 15 at most;
@@ -541,118 +541,142 @@ def _prefill(
     num_pages, num_decode = work.num_pages, len(work.rows)
     first_token = num_decode + -num_decode % 8
     half = TILE // 2
+    # Whole tiles get a program each; only where there are more, shorter ones, one takes several. A
+    # program without any would cost its start.
+    programs = -(-len(work.tiles) * UNIT // TILE)
+    rounds = -(-len(work.tiles) // programs)
 
     def body(pages_ref, tiles_ref, q_ref, pool_ref, out_ref, scratch):
-        tile, head = lax.axis_index("tile"), lax.axis_index("head")
+        program, head = lax.axis_index("program"), lax.axis_index("head")
         thread = lax.axis_index("thread")
         q_smem, k_smem, v_smem = scratch["smem"]
         q_full, k_full, v_full, k_empty, v_empty, turn, cleared = scratch["barriers"]
-        number, start, keys, units = (tiles_ref[tile, i] for i in range(4))
-        blocks = lax.div(keys + (KEYS - 1), KEYS)
 
-        @pl.when(jnp.logical_and(thread == 2, units > 0))
-        def _load():
-            plgpu.set_max_registers(40, action="decrease")
-            row = num_decode + lax.div(number * UNIT, work.tile)
-            kv_head = lax.div(head, group)
+        def for_each_tile(visit):
+            """``visit(first unit, first position, keys, units)`` of the program's tiles."""
 
-            def load_block(block, _):
-                _load_block(
-                    block * KEYS,
-                    lambda number: pages_ref[row * num_pages + number],
-                    lambda page, rows, lanes: pool_ref.at[page, rows, kv_head, lanes],
-                    ((k_smem, k_full, k_empty), (v_smem, v_full, v_empty)),
-                    (0, KEY_STAGES, block),
-                    page_rows=page_size,
-                    num_pages=num_pages,
-                )
+            def step(round_, _):
+                tile = jnp.minimum(round_ * programs + program, len(work.tiles) - 1)
+                number, start, keys, units = (tiles_ref[tile, i] for i in range(4))
+                there = (round_ * programs + program < len(work.tiles)) & (units > 0)
+                pl.when(there)(lambda: visit(number, start, keys, units))
                 return _
 
-            lax.fori_loop(0, blocks, load_block, None)
-            _drain(k_empty, 0, blocks, KEY_STAGES)
-            _drain(v_empty, 0, blocks, KEY_STAGES)
+            lax.fori_loop(0, rounds, step, None)
 
-        @pl.when(jnp.logical_and(thread < 2, units > 0))
+        @pl.when(thread == 2)
+        def _load():
+            plgpu.set_max_registers(40, action="decrease")
+            kv_head = lax.div(head, group)
+
+            def load_tile(number, start, keys, units):
+                row = num_decode + lax.div(number * UNIT, work.tile)
+                blocks = lax.div(keys + (KEYS - 1), KEYS)
+
+                def load_block(block, _):
+                    _load_block(
+                        block * KEYS,
+                        lambda number: pages_ref[row * num_pages + number],
+                        lambda page, rows, lanes: pool_ref.at[page, rows, kv_head, lanes],
+                        ((k_smem, k_full, k_empty), (v_smem, v_full, v_empty)),
+                        (0, KEY_STAGES, block),
+                        page_rows=page_size,
+                        num_pages=num_pages,
+                    )
+                    return _
+
+                lax.fori_loop(0, blocks, load_block, None)
+                _drain(k_empty, 0, blocks, KEY_STAGES)
+                _drain(v_empty, 0, blocks, KEY_STAGES)
+
+            for_each_tile(load_tile)
+
+        @pl.when(thread < 2)
         def _compute():
             plgpu.set_max_registers(232, action="increase")
-            first = first_token + number * UNIT + thread * half
-            position = start + thread * half
-            own_units = units - thread * (half // UNIT)
             q_tile = q_smem.at[thread]
 
-            def for_each_unit(visit, otherwise=lambda: None):
-                """``visit(rows in memory, rows of q_tile)`` for the units that there are."""
-                for unit in range(half // UNIT):
-                    rows = pl.ds(first + unit * UNIT, UNIT), pl.ds(unit * UNIT, UNIT)
-                    pl.when(unit < own_units)(functools.partial(visit, *rows))
-                    pl.when(unit >= own_units)(otherwise)
+            def compute_tile(number, start, keys, units):
+                blocks = lax.div(keys + (KEYS - 1), KEYS)
+                first = first_token + number * UNIT + thread * half
+                position = start + thread * half
+                own_units = units - thread * (half // UNIT)
 
-            for_each_unit(
-                lambda there, here: plgpu.copy_gmem_to_smem(
-                    q_ref.at[there, head], q_tile.at[here], q_full.at[thread]
-                ),
-                lambda: plgpu.barrier_arrive(q_full.at[thread]),
-            )
-            iota = functools.partial(
-                plgpu.broadcasted_iota, jnp.int32, (half, KEYS), layout=plgpu.Layout.WGMMA
-            )
+                def for_each_unit(visit, otherwise=lambda: None):
+                    """``visit(rows in memory, rows of q_tile)`` for the units that there are."""
+                    for unit in range(half // UNIT):
+                        rows = pl.ds(first + unit * UNIT, UNIT), pl.ds(unit * UNIT, UNIT)
+                        pl.when(unit < own_units)(functools.partial(visit, *rows))
+                        pl.when(unit >= own_units)(otherwise)
 
-            def change():
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(turn)
-
-            def add_block(block, state, last):
-                slot = lax.rem(block, KEY_STAGES)
-                plgpu.barrier_wait(k_full.at[slot])
-                unwritten = jnp.logical_and(block == blocks - 1, keys < blocks * KEYS)
-                if last:
-                    # Each clears a half, before it yields to the other.
-                    plgpu.barrier_wait(v_full.at[slot])
-
-                    @pl.when(unwritten)
-                    def _():
-                        part = v_smem.at[slot, pl.ds(thread * half, half)]
-                        _clear_from(part, keys - block * KEYS - thread * half)
-                        plgpu.barrier_arrive(cleared)
-
-                scores = _scores(q_tile, k_smem.at[slot], KEYS, change)
-                plgpu.barrier_arrive(k_empty.at[slot])
-                if last:
-                    visible = iota(1) + block * KEYS <= iota(0) + position
-                    scores = jnp.where(visible, scores, MASKED)
-                weights, state = _soften(scores, state, scale)
-                weights = weights.astype(q.dtype)
-                plgpu.barrier_arrive(turn)
-                if last:
-
-                    @pl.when(unwritten)
-                    def _():
-                        plgpu.barrier_wait(cleared)
-                else:
-                    plgpu.barrier_wait(v_full.at[slot])
-                plgpu.barrier_wait(turn)
-                state = _add_values(state, weights, v_smem.at[slot])
-                plgpu.barrier_arrive(v_empty.at[slot])
-                return state
-
-            plgpu.barrier_wait(q_full.at[thread])
-            # The second warpgroup follows the first by half a step.
-            pl.when(thread == 1)(change)
-            whole = jnp.minimum(lax.div(position + 1, KEYS), lax.div(keys, KEYS))
-            state = _start(half, dim)
-            state = lax.fori_loop(0, whole, functools.partial(add_block, last=False), state)
-            state = lax.fori_loop(whole, blocks, functools.partial(add_block, last=True), state)
-            pl.when(thread == 0)(change)
-            out = _finish(state, q.dtype)[0]
-            token = plgpu.broadcasted_iota(jnp.int32, out.shape, 0, layout=plgpu.Layout.WGMMA)
-            q_tile[...] = jnp.where(token + position < keys, out, jnp.zeros_like(out))
-            plgpu.commit_smem()
-            for_each_unit(
-                lambda there, here: plgpu.copy_smem_to_gmem(
-                    q_tile.at[here], out_ref.at[there, head]
+                for_each_unit(
+                    lambda there, here: plgpu.copy_gmem_to_smem(
+                        q_ref.at[there, head], q_tile.at[here], q_full.at[thread]
+                    ),
+                    lambda: plgpu.barrier_arrive(q_full.at[thread]),
                 )
-            )
-            plgpu.wait_smem_to_gmem(0)
+                iota = functools.partial(
+                    plgpu.broadcasted_iota, jnp.int32, (half, KEYS), layout=plgpu.Layout.WGMMA
+                )
+
+                def change():
+                    plgpu.barrier_arrive(turn)
+                    plgpu.barrier_wait(turn)
+
+                def add_block(block, state, last):
+                    slot = lax.rem(block, KEY_STAGES)
+                    plgpu.barrier_wait(k_full.at[slot])
+                    unwritten = jnp.logical_and(block == blocks - 1, keys < blocks * KEYS)
+                    if last:
+                        # Each clears a half, before it yields to the other.
+                        plgpu.barrier_wait(v_full.at[slot])
+
+                        @pl.when(unwritten)
+                        def _():
+                            part = v_smem.at[slot, pl.ds(thread * half, half)]
+                            _clear_from(part, keys - block * KEYS - thread * half)
+                            plgpu.barrier_arrive(cleared)
+
+                    scores = _scores(q_tile, k_smem.at[slot], KEYS, change)
+                    plgpu.barrier_arrive(k_empty.at[slot])
+                    if last:
+                        visible = iota(1) + block * KEYS <= iota(0) + position
+                        scores = jnp.where(visible, scores, MASKED)
+                    weights, state = _soften(scores, state, scale)
+                    weights = weights.astype(q.dtype)
+                    plgpu.barrier_arrive(turn)
+                    if last:
+
+                        @pl.when(unwritten)
+                        def _():
+                            plgpu.barrier_wait(cleared)
+                    else:
+                        plgpu.barrier_wait(v_full.at[slot])
+                    plgpu.barrier_wait(turn)
+                    state = _add_values(state, weights, v_smem.at[slot])
+                    plgpu.barrier_arrive(v_empty.at[slot])
+                    return state
+
+                plgpu.barrier_wait(q_full.at[thread])
+                # The second warpgroup follows the first by half a step.
+                pl.when(thread == 1)(change)
+                whole = jnp.minimum(lax.div(position + 1, KEYS), lax.div(keys, KEYS))
+                state = _start(half, dim)
+                state = lax.fori_loop(0, whole, functools.partial(add_block, last=False), state)
+                state = lax.fori_loop(whole, blocks, functools.partial(add_block, last=True), state)
+                pl.when(thread == 0)(change)
+                out = _finish(state, q.dtype)[0]
+                token = plgpu.broadcasted_iota(jnp.int32, out.shape, 0, layout=plgpu.Layout.WGMMA)
+                q_tile[...] = jnp.where(token + position < keys, out, jnp.zeros_like(out))
+                plgpu.commit_smem()
+                for_each_unit(
+                    lambda there, here: plgpu.copy_smem_to_gmem(
+                        q_tile.at[here], out_ref.at[there, head]
+                    )
+                )
+                plgpu.wait_smem_to_gmem(0)
+
+            for_each_tile(compute_tile)
 
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     scratch = {
@@ -675,8 +699,8 @@ def _prefill(
     plgpu.kernel(
         body,
         # Tiles run faster than heads: what one head's tiles read together fits the L2 cache.
-        grid=(num_heads, len(work.tiles)),
-        grid_names=("head", "tile"),
+        grid=(num_heads, programs),
+        grid_names=("head", "program"),
         num_threads=3,
         thread_name="thread",
         scratch_types={"scratch": scratch},
