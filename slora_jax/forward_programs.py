@@ -77,9 +77,16 @@ def compiler_options(platform: str) -> dict[str, bool]:
     On GPUs cuBLAS alone multiplies: what XLA's autotuner picks among Triton's kernels too is slower
     in place (Llama-7B, 128 rows, H100: 9.84 against 9.31 ms a step), and to try them takes most
     of the compilation's time (8 to 10 s against 3).
+
+    No dynamic slice fusions: a kernel that is handed a slice where it lies makes XLA update the CUDA
+    graph at each launch. Ours take slices of the step's packed arrays, so that three to five
+    kernels a layer would be such; without them each of these arrays is copied out once a step.
     """
     if platform in PLATFORMS["gpu"]:
-        return {"xla_gpu_enable_triton_gemm": False}
+        return {
+            "xla_gpu_enable_triton_gemm": False,
+            "xla_gpu_enable_dynamic_slice_fusion": False,
+        }
     return {}
 
 
