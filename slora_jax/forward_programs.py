@@ -78,8 +78,8 @@ def compiler_options(platform: str) -> dict[str, bool]:
     in place (Llama-7B, 128 rows, H100: 9.84 against 9.31 ms a step), and to try them takes most
     of the compilation's time (8 to 10 s against 3).
 
-    No dynamic slice fusions: a kernel that is handed a slice where it lies makes XLA update the CUDA
-    graph at each launch. Ours take slices of the step's packed arrays, so that three to five
+    No dynamic slice fusions: a kernel that is handed a slice where it lies makes XLA update the
+    CUDA graph at each launch. Ours take slices of the step's packed arrays, so that three to five
     kernels a layer would be such; without them each of these arrays is copied out once a step.
     """
     if platform in PLATFORMS["gpu"]:
@@ -277,8 +277,8 @@ class LayeredForward:
 
 def _receive(packed: Packed, sampled: jax.Array) -> ForwardBatch:
     """The batch, with the tokens that never left the device in their places."""
-    # A copy, so that one kernel alone reads what comes at another address in each step: a CUDA graph
-    # takes about 10 us of the host's time for each kernel whose addresses change.
+    # A copy, so that one kernel alone reads what comes at another address in each step: a CUDA
+    # graph takes about 10 us of the host's time for each kernel whose addresses change.
     words = jax.lax.optimization_barrier(jnp.concatenate([packed.words, sampled]))
     batch: ForwardBatch = unpack(dataclasses.replace(packed, words=words))
     row, num_decode = batch.sampled_row, batch.attention.num_decode
