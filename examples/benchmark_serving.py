@@ -147,7 +147,7 @@ def measure_run(run: Run, roof: float | None) -> dict[str, float]:
     return result
 
 
-def sizes(llm: LLM) -> dict[str, int]:
+def sizes(llm: LLM) -> dict[str, int | str]:
     """What of the engine a simulation of the same run needs to know."""
     stats, runner = llm.stats(), llm.engine._runner
     return {
@@ -156,6 +156,7 @@ def sizes(llm: LLM) -> dict[str, int]:
         "seats": runner.max_num_seqs,
         "prefill_tile": runner.prefill_tile,
         "prefill_tokens": runner.max_prefill_tokens,
+        "kernels": runner.view.kernels,
     }
 
 
@@ -322,7 +323,7 @@ def main() -> None:
     if args.peer == "peft" and (args.setting or args.workload != "batch"):
         parser.error("--peer peft takes --model and the batch workload")
 
-    rows: list[tuple[str, dict[str, float]]] = []
+    rows: list[tuple[str, dict[str, Any]]] = []
     tokens: list[list[int]] = []
     if args.setting:
         setting = SETTINGS[args.setting]
