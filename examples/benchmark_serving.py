@@ -109,8 +109,10 @@ def serve(
 
 
 def best_of(run: Callable[[Path | None], Run], runs: int, steps_out: Path | None) -> Run:
-    """The fastest of ``runs`` runs after one to warm up."""
-    run(None)
+    """The fastest of ``runs`` runs after one to warm up, whose steps are told of too: adapters come
+    into the pool in these.
+    """
+    run(steps_out)
     return min((run(steps_out) for _ in range(runs)), key=lambda result: result.seconds)
 
 
@@ -313,7 +315,7 @@ def main() -> None:
     parser.add_argument("--prefetch", type=int)
     parser.add_argument("--baseline", choices=BASELINES, help="with --setting: an ablation")
     parser.add_argument("--adapter-share", type=float, default=0.3, help="no-unify-mem")
-    parser.add_argument("--steps-out", type=Path, help="append a JSON line a step of timed runs")
+    parser.add_argument("--steps-out", type=Path, help="append a JSON line a step")
     parser.add_argument("--json", type=Path, help="append a JSON line a row here")
     args = parser.parse_args()
     if args.requests is None:

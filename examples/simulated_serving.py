@@ -292,8 +292,13 @@ def describe_fit(model: StepTimeModel, steps: Sequence[MeasuredStep]) -> Iterato
             )
 
 
-def compare(row: dict, step_time: StepTimeModel) -> dict[str, tuple[float, float]]:
-    """Metric → (measured, predicted), for a line that ``benchmark_serving.py --json`` wrote."""
+def compare(
+    row: dict, step_time: StepTimeModel, *, cold: bool = False
+) -> dict[str, tuple[float, float]]:
+    """Metric → (measured, predicted), for a line that ``benchmark_serving.py --json`` wrote.
+
+    As there, the workload has been served before, so the pool has its adapters; not if ``cold``.
+    """
     setting = SETTINGS[row["setting"]]
     model = Model.of(setting.model)
     if row["workload"] == "trace":
@@ -306,16 +311,25 @@ def compare(row: dict, step_time: StepTimeModel) -> dict[str, tuple[float, float
         requests = simulated(workloads.batch(*lengths, row["num_adapters"], 32_000))
     pool_bytes = (row["pages_total"] + 1) * model.page_bytes
     names = ("scheduler", "ttft_slo", "cluster_size", "prefetch")
-    run = Device("", setting, model, step_time, pool_bytes, row["kernels"] or "gpu").serve(
-        requests,
-        row["num_adapters"],
+    serve = functools.partial(
+        Device("", setting, model, step_time, pool_bytes, row["kernels"] or "gpu").serve,
+        num_adapters=row["num_adapters"],
         max_num_seqs=row["seats"],
         prefill_tile=row["prefill_tile"],
         max_num_batched_tokens=row["prefill_tokens"],
         **{name: row[name] for name in names if row[name] is not None},
     )
+    run = serve(requests)
     predicted = metrics(run)
+    if not cold:
+        start, swap_ins = run.seconds, run.swap_ins
+        again = [dataclasses.replace(r, arrival=start + r.arrival) for r in requests]
+        run = serve([*requests, *again])
+        served = [Served.of(r, r.arrival_time) for r in run.requests if r.arrival_time >= start]
+        predicted = measure(served, run.seconds - start)
+        predicted["swap_ins"] = run.swap_ins - swap_ins
     keys = ("requests_per_s", "output_tokens_per_s", "ttft_p50", "tpot_p50", "slo_attainment")
+    keys += ("swap_ins",)
     return {key: (row[key], predicted[key]) for key in keys}
 
 
@@ -328,6 +342,7 @@ def main() -> None:
     check = commands.add_parser("compare", help="predictions with real runs")
     check.add_argument("rows", type=Path, help="of benchmark_serving.py --json")
     check.add_argument("--device", required=True, help="a fitted file")
+    check.add_argument("--cold", action="store_true", help="no adapter was in the pool before")
     serve = commands.add_parser("serve", help="one trace")
     serve.add_argument("--device", default="a10g", help=f"{', '.join(CHIPS)}, or a fitted file")
     serve.add_argument("--setting", choices=SETTINGS, default="S2")
@@ -352,7 +367,8 @@ def main() -> None:
         for line in args.rows.read_text().splitlines():
             row = json.loads(line)
             print(f"{row['setting']}, {row['workload']}, {row['num_adapters']} adapters")
-            for key, (real, found) in compare(row, StepTimeModel.load(args.device)).items():
+            compared = compare(row, StepTimeModel.load(args.device), cold=args.cold)
+            for key, (real, found) in compared.items():
                 error = f"{found / real - 1:+.1%}" if real else "-"
                 print(f"  {key:20} measured {real:9.3f}, predicted {found:9.3f}: {error}")
         return

@@ -287,6 +287,24 @@ def test_20_000_adapters():
     assert run.swap_ins > 100
 
 
+def test_predictions_are_for_a_workload_that_was_served_before_unless_cold():
+    device = sim.Device.of("a100-80", "S2")
+    row = {"setting": "S2", "workload": "trace", "alpha": 1.0, "cv": 1.0, "rate": 8.0}
+    row |= {"duration": 3.0, "num_adapters": 50, "pages_total": device.num_pages - 1}
+    row |= {"seats": 256, "prefill_tile": 16, "prefill_tokens": 512, "kernels": "gpu"}
+    row |= dict.fromkeys(("scheduler", "ttft_slo", "cluster_size", "prefetch"))
+    options = {"prefill_tile": 16, "max_num_batched_tokens": 512}
+    real = sim.metrics(device.serve(sim.trace(8.0, 3.0, 50), 50, **options))
+    times = device.step_time
+    first = sim.compare(row | real, times, cold=True)
+    assert all(found == pytest.approx(measured) for measured, found in first.values())
+    again = sim.compare(row | real, times)
+    assert first["swap_ins"][1] > 10
+    assert again["swap_ins"][1] == 0
+    assert again["ttft_p50"][1] < first["ttft_p50"][1]
+    assert again["requests_per_s"][1] == pytest.approx(first["requests_per_s"][1], rel=0.05)
+
+
 @pytest.fixture(scope="module")
 def bench() -> reports.Bench:
     """The paper's A10G S2 with 200 adapters for a tenth of its time, at fcfs' .27 there."""
