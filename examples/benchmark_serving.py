@@ -109,8 +109,10 @@ def serve(
 
 
 def best_of(run: Callable[[Path | None], Run], runs: int, steps_out: Path | None) -> Run:
-    """The fastest of ``runs`` runs after one to warm up."""
-    run(None)
+    """The fastest of ``runs`` runs after one to warm up, whose steps are told of too: adapters come
+    into the pool in these.
+    """
+    run(steps_out)
     return min((run(steps_out) for _ in range(runs)), key=lambda result: result.seconds)
 
 
@@ -147,7 +149,7 @@ def measure_run(run: Run, roof: float | None) -> dict[str, float]:
     return result
 
 
-def sizes(llm: LLM) -> dict[str, int]:
+def sizes(llm: LLM) -> dict[str, int | str]:
     """What of the engine a simulation of the same run needs to know."""
     stats, runner = llm.stats(), llm.engine._runner
     return {
@@ -156,6 +158,7 @@ def sizes(llm: LLM) -> dict[str, int]:
         "seats": runner.max_num_seqs,
         "prefill_tile": runner.prefill_tile,
         "prefill_tokens": runner.max_prefill_tokens,
+        "kernels": runner.view.kernels,
     }
 
 
@@ -312,7 +315,7 @@ def main() -> None:
     parser.add_argument("--prefetch", type=int)
     parser.add_argument("--baseline", choices=BASELINES, help="with --setting: an ablation")
     parser.add_argument("--adapter-share", type=float, default=0.3, help="no-unify-mem")
-    parser.add_argument("--steps-out", type=Path, help="append a JSON line a step of timed runs")
+    parser.add_argument("--steps-out", type=Path, help="append a JSON line a step")
     parser.add_argument("--json", type=Path, help="append a JSON line a row here")
     args = parser.parse_args()
     if args.requests is None:
@@ -322,7 +325,7 @@ def main() -> None:
     if args.peer == "peft" and (args.setting or args.workload != "batch"):
         parser.error("--peer peft takes --model and the batch workload")
 
-    rows: list[tuple[str, dict[str, float]]] = []
+    rows: list[tuple[str, dict[str, Any]]] = []
     tokens: list[list[int]] = []
     if args.setting:
         setting = SETTINGS[args.setting]

@@ -1,19 +1,22 @@
 """S-LoRA's settings and traces on a simulated device: the real host half, modelled step times.
 
-A device is a model of step times and a pool. Step times come from measured steps
-(`benchmark_serving.py --steps-out`, then `python examples/simulated_serving.py fit steps.jsonl
---out h100_s2.json`), or from a roofline: what a step must read and compute over a share of the
-chip's rates. Rooflines give the shapes of curves, not figures to quote.
+A device is a model of step times and a pool. Step times, the host's among them, come from measured
+steps (`benchmark_serving.py --steps-out`, then `python examples/simulated_serving.py fit
+steps.jsonl --out h100_s2.json`), or from a roofline: what a step must read and compute over a share
+of the chip's rates, and a host that takes no time. Rooflines give the shapes of curves, not figures
+to quote.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import workloads
 from serving_metrics import Served, measure
 from workloads import SETTINGS, Setting
@@ -23,9 +26,11 @@ from pallas_kernels.layout import TARGETS, AdapterLayout, KVLayout, choose_page_
 from slora_jax.adapter_cache import AdapterCache
 from slora_jax.adapter_store import PackedAdapter
 from slora_jax.config import EngineConfig
+from slora_jax.model_runner import step_buckets
 from slora_jax.policies import Policy
 from slora_jax.scheduler import SchedulerOutput
 from slora_jax.simulator import (
+    MeasuredStep,
     SimulatedRequest,
     SimulatedRun,
     Simulator,
@@ -135,6 +140,20 @@ def roofline(chip: Chip, model: Model) -> StepTimeModel:
     )
 
 
+def padded_rows(
+    kernels: str, max_num_seqs: int, max_num_batched_tokens: int, tile: int
+) -> Callable[[int, int], int]:
+    """(decode rows, prefill tiles) → rows that an engine computes which has compiled all sizes."""
+
+    @functools.cache
+    def num_rows(decode: int, tiles: int) -> int:
+        buckets = step_buckets(kernels, max_num_seqs, max_num_batched_tokens // tile, tile)
+        decode, tiles, _ = buckets.choose((decode, tiles, 0))
+        return decode + tiles * tile
+
+    return num_rows
+
+
 @dataclasses.dataclass(frozen=True)
 class Device:
     """Where a setting is served."""
@@ -144,6 +163,8 @@ class Device:
     model: Model
     step_time: StepTimeModel
     pool_bytes: float
+    kernels: str = "gpu"
+    """Whose sizes of steps there are."""
 
     @classmethod
     def of(cls, chip: str, setting: str, *, pool_bytes: float | None = None) -> Device:
@@ -190,6 +211,7 @@ class Device:
             max_model_len=2048,
             prefill_tile=prefill_tile,
             max_num_batched_tokens=max_num_batched_tokens,
+            num_rows=padded_rows(self.kernels, max_num_seqs, max_num_batched_tokens, prefill_tile),
             make_cache=make_cache,
             policy=policy,
         )
@@ -240,17 +262,43 @@ def metrics(run: SimulatedRun) -> dict[str, float]:
     return result
 
 
-def read_steps(path: Path) -> list[tuple[StepWork, float]]:
-    """What ``benchmark_serving.py --steps-out`` wrote."""
-    steps = []
-    for line in path.read_text().splitlines():
-        fields = json.loads(line)
-        steps.append((StepWork(**fields["work"]), fields["seconds"]))
-    return steps
+def read_steps(path: Path) -> list[MeasuredStep]:
+    """What ``benchmark_serving.py --steps-out`` wrote; older files lack the host's time."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [MeasuredStep(**{**line, "work": StepWork(**line["work"])}) for line in lines]
 
 
-def compare(row: dict, step_time: StepTimeModel) -> dict[str, tuple[float, float]]:
-    """Metric → (measured, predicted), for a line that ``benchmark_serving.py --json`` wrote."""
+def describe_fit(model: StepTimeModel, steps: Sequence[MeasuredStep]) -> Iterator[str]:
+    """How far the model is from what it was fitted to, a line a kind of step."""
+    known = [step for step in steps if step.host_seconds is not None]
+    waited = [step for step in steps if step.host_waited]
+    pairs = {
+        "device, decode alone": [
+            (model.seconds(s.work), s.seconds) for s in waited if not s.work.prefill_tokens
+        ],
+        "device, with prefill": [
+            (model.seconds(s.work), s.seconds) for s in waited if s.work.prefill_tokens
+        ],
+        "host": [(model.host_seconds(s.work), s.host_seconds) for s in known],
+    }
+    for what, times in pairs.items():
+        if times:
+            found, real = np.array(times).T
+            errors = np.quantile(abs(found / real - 1), [0.5, 0.9])
+            yield (
+                f"{what}: {len(times)} of {len(steps)} steps, relative error "
+                f"p50 {errors[0]:.1%}, p90 {errors[1]:.1%}; "
+                f"total {found.sum() / real.sum():.3f} of the measured"
+            )
+
+
+def compare(
+    row: dict, step_time: StepTimeModel, *, cold: bool = False
+) -> dict[str, tuple[float, float]]:
+    """Metric → (measured, predicted), for a line that ``benchmark_serving.py --json`` wrote.
+
+    As there, the workload has been served before, so the pool has its adapters; not if ``cold``.
+    """
     setting = SETTINGS[row["setting"]]
     model = Model.of(setting.model)
     if row["workload"] == "trace":
@@ -263,16 +311,25 @@ def compare(row: dict, step_time: StepTimeModel) -> dict[str, tuple[float, float
         requests = simulated(workloads.batch(*lengths, row["num_adapters"], 32_000))
     pool_bytes = (row["pages_total"] + 1) * model.page_bytes
     names = ("scheduler", "ttft_slo", "cluster_size", "prefetch")
-    run = Device("", setting, model, step_time, pool_bytes).serve(
-        requests,
-        row["num_adapters"],
+    serve = functools.partial(
+        Device("", setting, model, step_time, pool_bytes, row["kernels"] or "gpu").serve,
+        num_adapters=row["num_adapters"],
         max_num_seqs=row["seats"],
         prefill_tile=row["prefill_tile"],
         max_num_batched_tokens=row["prefill_tokens"],
         **{name: row[name] for name in names if row[name] is not None},
     )
+    run = serve(requests)
     predicted = metrics(run)
+    if not cold:
+        start, swap_ins = run.seconds, run.swap_ins
+        again = [dataclasses.replace(r, arrival=start + r.arrival) for r in requests]
+        run = serve([*requests, *again])
+        served = [Served.of(r, r.arrival_time) for r in run.requests if r.arrival_time >= start]
+        predicted = measure(served, run.seconds - start)
+        predicted["swap_ins"] = run.swap_ins - swap_ins
     keys = ("requests_per_s", "output_tokens_per_s", "ttft_p50", "tpot_p50", "slo_attainment")
+    keys += ("swap_ins",)
     return {key: (row[key], predicted[key]) for key in keys}
 
 
@@ -285,6 +342,7 @@ def main() -> None:
     check = commands.add_parser("compare", help="predictions with real runs")
     check.add_argument("rows", type=Path, help="of benchmark_serving.py --json")
     check.add_argument("--device", required=True, help="a fitted file")
+    check.add_argument("--cold", action="store_true", help="no adapter was in the pool before")
     serve = commands.add_parser("serve", help="one trace")
     serve.add_argument("--device", default="a10g", help=f"{', '.join(CHIPS)}, or a fitted file")
     serve.add_argument("--setting", choices=SETTINGS, default="S2")
@@ -303,16 +361,14 @@ def main() -> None:
         steps = [step for path in args.steps for step in read_steps(path)]
         model = StepTimeModel.fit(steps, about=f"{len(steps)} steps of {args.steps}")
         model.save(args.out)
-        errors = sorted(abs(model.seconds(work) / seconds - 1) for work, seconds in steps)
-        total = sum(model.seconds(work) for work, _ in steps) / sum(s for _, s in steps)
-        print(f"{len(steps)} steps; relative error p50 {errors[len(errors) // 2]:.1%}, ", end="")
-        print(f"p90 {errors[int(0.9 * len(errors))]:.1%}; total time {total:.3f} of the measured")
+        print("\n".join(describe_fit(model, steps)))
         return
     if args.command == "compare":
         for line in args.rows.read_text().splitlines():
             row = json.loads(line)
             print(f"{row['setting']}, {row['workload']}, {row['num_adapters']} adapters")
-            for key, (real, found) in compare(row, StepTimeModel.load(args.device)).items():
+            compared = compare(row, StepTimeModel.load(args.device), cold=args.cold)
+            for key, (real, found) in compared.items():
                 error = f"{found / real - 1:+.1%}" if real else "-"
                 print(f"  {key:20} measured {real:9.3f}, predicted {found:9.3f}: {error}")
         return

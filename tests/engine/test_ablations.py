@@ -83,9 +83,14 @@ def test_steps_are_recorded_and_fit(compiled_llm: LLM, tiny: TinyModel, expected
     works = [json.loads(line)["work"] for line in path.read_text().splitlines()]
     assert sum(w["decode_rows"] + w["prefill_tokens"] for w in works) == tokens
     assert sum(w["swap_in_bytes"] for w in works) == run.counters["swap_in_bytes"]
-    assert 0 < sum(seconds for _, seconds in steps) <= run.seconds
+    assert 0 < sum(step.seconds for step in steps) <= run.seconds
+    assert sum(step.wait_seconds for step in steps) == pytest.approx(run.counters["wait_seconds"])
+    assert all(0 < step.wait_seconds < step.seconds for step in steps)
+    assert all(step.host_seconds > 0 for step in steps)
+    assert sum(step.host_seconds + step.wait_seconds for step in steps) <= run.seconds
     model = StepTimeModel.fit(steps)
-    assert model.seconds(steps[-1][0]) > 0
+    assert model.seconds(steps[-1].work) > 0
+    assert model.host_seconds(steps[-1].work) > 0
 
 
 # -- their host halves -----------------------------------------------------------------------------
