@@ -8,6 +8,9 @@ where something stands before it. So each token is decoded together with the few
 *window* that starts at a character's boundary) and its text is what the window's text has gained.
 An unfinished character decodes to U+FFFD at the end of the text; it waits until it is finished,
 broken by what follows, or the output ends. Text once settled is never taken back.
+
+Without stop strings nothing depends on the text until somebody looks at it, and many tokens are
+decoded at once in little more time than one.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,6 +54,7 @@ class IncrementalDetokenizer:
         self._decode = decode
         self._min_tokens = min_tokens
         self._num_tokens = 0
+        self._pending: list[int] = []  # The last of them, not decoded yet; empty with stop strings.
         self._matchers = [_StopMatcher(string) for string in stop]
         self._silent_ids: dict[int, bool] = {}
 
@@ -59,23 +63,14 @@ class IncrementalDetokenizer:
         self._cut: int | None = None  # Where in _settled the stop string starts.
         self._is_finished = False
 
-        # The window. Its text starts with _before, which is settled or the prompt's; its first
-        # _closed tokens end at a character's boundary.
-        self._window = _context(decode, prompt_token_ids)
-        self._window_text = decode(self._window)
-        self._closed = len(self._window)
-        self._before = self._window_text
-        while self._closed > 0 and self._before.endswith(_UNFINISHED):
-            self._closed -= 1
-            self._before = decode(self._window[: self._closed])
-        if self._window_text.startswith(self._before):
-            self._before = self._window_text.rstrip(_UNFINISHED)
+        self._begin_window(prompt_token_ids)
         # A character that the prompt leaves unfinished is the output's if the output finishes it.
         self._prompt_open = self._gain(self._window_text)
 
     @property
     def text(self) -> str:
         """The output's text as it would be if it ended here."""
+        self._decode_pending()
         return self._settled + self._unsettled if self._cut is None else self._settled[: self._cut]
 
     @property
@@ -84,6 +79,7 @@ class IncrementalDetokenizer:
         beginning of a stop string."""
         if self._is_finished or self._cut is not None:
             return self.text
+        self._decode_pending()
         held = max((matcher.matched for matcher in self._matchers), default=0)
         return self._settled[: len(self._settled) - held]
 
@@ -94,6 +90,33 @@ class IncrementalDetokenizer:
             return True
         assert not self._is_finished, "append after finish"
         self._num_tokens += 1
+        if self._matchers:
+            return self._take(token_id)
+        self._pending.append(token_id)
+        return False
+
+    def finish(self) -> str:
+        """End the output: what waited is text now. Returns the final text."""
+        self._is_finished = True
+        return self.text
+
+    def _decode_pending(self) -> None:
+        """Take all of them: at once where their text has whole characters alone, or one by one."""
+        pending, self._pending = self._pending, []
+        if len(pending) > 1 and not self._prompt_open:
+            tokens = self._window + pending
+            text = self._decode(tokens)
+            gain = text.removeprefix(self._before)
+            if text.startswith(self._before) and _UNFINISHED not in gain:
+                self._settled += gain
+                self._unsettled = ""
+                self._begin_window(tokens)
+                return
+        for token_id in pending:
+            self._take(token_id)
+
+    def _take(self, token_id: int) -> bool:
+        """Add the next token's text; True where it completes a stop string."""
         self._window.append(token_id)
         text = self._decode(self._window)
         if text == self._window_text and self._is_silent(token_id):
@@ -122,10 +145,21 @@ class IncrementalDetokenizer:
         self._prompt_open = self._prompt_open[len(stable) :] if len(stable) <= start else ""
         return self._settle(settled)
 
-    def finish(self) -> str:
-        """End the output: what waited is text now. Returns the final text."""
-        self._is_finished = True
-        return self.text
+    def _begin_window(self, token_ids: Sequence[int]) -> None:
+        """A new window, on the last of ``token_ids``.
+
+        Its text starts with ``_before``, which is settled or the prompt's; its first ``_closed``
+        tokens end at a character's boundary.
+        """
+        self._window = _context(self._decode, token_ids)
+        self._window_text = self._decode(self._window)
+        self._closed = len(self._window)
+        self._before = self._window_text
+        while self._closed > 0 and self._before.endswith(_UNFINISHED):
+            self._closed -= 1
+            self._before = self._decode(self._window[: self._closed])
+        if self._window_text.startswith(self._before):
+            self._before = self._window_text.rstrip(_UNFINISHED)
 
     def _gain(self, text: str) -> str:
         """What the window's ``text`` has beyond the settled."""

@@ -207,6 +207,40 @@ def test_text_is_right_after_each_token(data):
         assert detokenizer.stream_text.rstrip("\ufffd") == text.rstrip("\ufffd")
 
 
+@every_vocabulary
+@hypothesis.given(data=st.data())
+def test_text_does_not_depend_on_when_it_is_looked_at(vocabulary, data):
+    prompt = data.draw(token_lists(vocabulary), label="prompt")
+    output = data.draw(token_lists(vocabulary), label="output")
+    looks = data.draw(st.sets(st.integers(1, len(output) + 1)), label="looks")
+    each, now_and_then = (IncrementalDetokenizer(vocabulary.decode, prompt) for _ in range(2))
+    for n, token in enumerate(output, start=1):
+        each.append(token)
+        shown = each.stream_text, each.text
+        now_and_then.append(token)
+        if n in looks:
+            assert (now_and_then.stream_text, now_and_then.text) == shown
+    assert now_and_then.finish() == each.finish()
+
+
+def test_many_tokens_are_decoded_at_once():
+    calls = []
+
+    def decode(ids):
+        calls.append(len(ids))
+        return characters(ids)
+
+    text = "some words, " * 100
+    detokenizer = IncrementalDetokenizer(decode, [])
+    for character in text:
+        detokenizer.append(ord(character))
+    assert detokenizer.text == text
+    assert len(calls) < 12
+    detokenizer.append(ord("x"))
+    assert detokenizer.finish() == text + "x"
+    assert calls[-1] < 20  # what went before is not decoded again
+
+
 @hypothesis.given(data=st.binary(max_size=60), split=st.integers(0, 60))
 def test_any_bytes_decode_as_python_decodes_them(data, split):
     def decode(ids):
