@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,8 +30,7 @@ MIN_HISTORY = 64
 _FLOAT32 = np.finfo(np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class StepShape:
+class StepShape(NamedTuple):
     """What fixes a step's compiled program. Each is a bucket: at least what the step needs."""
 
     decode: int
@@ -51,51 +51,56 @@ def groups_of(ranks: Sequence[int] | np.ndarray) -> frozenset[tuple[str, ...]]:
 class ResidentAdapter:
     """One adapter in the pool, as the kernels address it."""
 
-    page_ids: tuple[int, ...]
-    ranks: np.ndarray  # i32[7]
-    stages: tuple[np.ndarray, ...]
-    """Per stage i32[3, 7]: stored ranks, first rows of A, first rows of Bᵀ."""
+    page_ids: np.ndarray  # i32[pages]
+    ranks: tuple[int, ...]  # of each target
+    largest_rank: int
+    """What the adapter adds to a step's rank bucket."""
+    stages: np.ndarray
+    """i32[stages, 3, 7]: stored ranks, first rows of A, first rows of Bᵀ."""
     scaling: np.ndarray  # f32[layers, 7]
 
     @classmethod
     def place(
-        cls, packed: PackedAdapter, page_ids: tuple[int, ...], partition: AdapterPartition
+        cls, packed: PackedAdapter, page_ids: Sequence[int], partition: AdapterPartition
     ) -> ResidentAdapter:
         """The adapter ``packed`` once its pages lie at ``page_ids``."""
         of_stages = zip(
             partition.stage_ranks(packed.ranks), partition.segments(packed.ranks), strict=True
         )
         return cls(
-            page_ids,
-            np.asarray(packed.ranks, np.int32),
-            tuple(np.array([ranks, *rows], np.int32) for ranks, rows in of_stages),
-            np.asarray(packed.scaling, np.float32),
+            page_ids=np.array(page_ids, np.int32),
+            ranks=tuple(packed.ranks),
+            largest_rank=max(packed.ranks),
+            stages=np.array([[ranks, *rows] for ranks, rows in of_stages], np.int32),
+            scaling=np.asarray(packed.scaling, np.float32),
         )
 
-    @property
-    def largest_rank(self) -> int:
-        """What the adapter adds to a step's rank bucket."""
-        return int(self.ranks.max())
+
+def adapters_of(
+    output: SchedulerOutput, adapters: Mapping[int, ResidentAdapter]
+) -> dict[int, ResidentAdapter]:
+    """Those of the step, by version, in the order of its chunks."""
+    versions = dict.fromkeys(c.request.adapter_version for c in (*output.decode, *output.prefill))
+    return {version: adapters[version] for version in versions if version}
 
 
 def needed_shape(
     output: SchedulerOutput, adapters: Mapping[int, ResidentAdapter], tile: int
 ) -> StepShape:
-    """The smallest shape that holds the step."""
-    versions = {c.request.adapter_version for c in (*output.decode, *output.prefill)} - {0}
+    """The smallest shape that holds the step; ``adapters`` are those of the step."""
     return StepShape(
         decode=len(output.decode),
         tiles=sum(-(-chunk.num_tokens // tile) for chunk in output.prefill),
-        rank=sum(adapters[version].largest_rank for version in versions),
+        rank=sum(adapter.largest_rank for adapter in adapters.values()),
     )
 
 
-def first_rows(output: SchedulerOutput, shape: StepShape, tile: int) -> dict[str, int]:
-    """Request id → row of its chunk's first token in the flat batch."""
-    rows = {chunk.request.request_id: row for row, chunk in enumerate(output.decode)}
-    row = shape.decode
+def first_rows(output: SchedulerOutput, num_decode: int, tile: int) -> list[int]:
+    """The row of each chunk's first token in the flat batch, of ``num_decode`` decode rows."""
+    rows = list(range(len(output.decode)))
+    row = num_decode
     for chunk in output.prefill:
-        rows[chunk.request.request_id] = row
+        rows.append(row)
         row += -(-chunk.num_tokens // tile) * tile
     return rows
 
@@ -116,56 +121,53 @@ def pack_step(
 ) -> ForwardBatch:
     """Fill a step's arrays; everything beyond the real tokens points at the null page.
 
-    ``sampled_rows``: request id → row among the tokens that the step before samples.
-    ``table_width`` is the most pages one request can have; ``groups`` are those that an adapter of
-    the step may have.
+    ``adapters``: those of the step, by version. ``sampled_rows``: request id → row among the tokens
+    that the step before samples. ``table_width`` is the most pages one request can have; ``groups``
+    are those that an adapter of the step may have.
     """
-    num_tokens = shape.decode + shape.tiles * tile
-    token_ids = np.zeros(num_tokens, np.int32)
-    slots = np.zeros(num_tokens, np.int32)
-    positions = np.full(num_tokens, -1, np.int32)
-    adapter_index = np.zeros(num_tokens, np.int32)
-    sampled_row = np.full(shape.decode, -1, np.int32)
-    ending_row = np.zeros(max_num_seqs, np.int32)
-    page_table = np.zeros((shape.decode + shape.tiles, table_width), np.int32)
-    index_of_version = {0: 0}
-    rows = first_rows(output, shape, tile)
-    for chunk in (*output.decode, *output.prefill):
-        request, row = chunk.request, rows[chunk.request.request_id]
-        here = slice(row, row + chunk.num_tokens)
-        where = np.arange(chunk.start, chunk.start + chunk.num_tokens, dtype=np.int32)
-        pages = np.asarray(request.pages, np.int32)
-        if chunk.start == request.num_tokens:  # the one token that is still in flight
-            assert chunk.num_tokens == request.num_tokens_in_flight == 1
+    chunks = (*output.decode, *output.prefill)
+    rows = first_rows(output, shape.decode, tile)
+    known, sampled_row, ending_row = [], [-1] * shape.decode, []
+    for (request, start, num_tokens, is_last), row in zip(chunks, rows, strict=True):
+        if start == request.num_tokens:  # the one token that is still in flight
+            assert num_tokens == request.num_tokens_in_flight == 1
+            known.append(0)
             sampled_row[row] = sampled_rows[request.request_id]
         else:
-            token_ids[here] = request.tokens_between(chunk.start, chunk.start + chunk.num_tokens)
-        positions[here] = where
-        slots[here] = pages[where // page_size] * page_size + where % page_size
-        adapter_index[here] = index_of_version.setdefault(
-            request.adapter_version, len(index_of_version)
-        )
-        if row < shape.decode:
-            table_rows = slice(row, row + 1)
-        else:
-            tile_index = shape.decode + (row - shape.decode) // tile
-            table_rows = slice(tile_index, tile_index + -(-chunk.num_tokens // tile))
-        page_table[table_rows, : len(pages)] = pages
-    ending = [chunk for chunk in (*output.decode, *output.prefill) if chunk.is_last]
-    ending_row[: len(ending)] = [
-        rows[chunk.request.request_id] + chunk.num_tokens - 1 for chunk in ending
-    ]
-    attention = AttentionBatch(
-        slots=slots,
-        positions=positions,
-        page_table=page_table,
-        num_decode=shape.decode,
-        tile=tile,
-    )
-    versions = [version for version in index_of_version if version]
-    lora = (
-        _pack_lora(
-            [adapters[v] for v in versions],
+            known += request.tokens_between(start, start + num_tokens)
+        if is_last:
+            ending_row.append(row + num_tokens - 1)
+
+    # Of each chunk.
+    start = np.array([chunk.start for chunk in chunks], np.int32)
+    length = np.array([chunk.num_tokens for chunk in chunks], np.int32)
+    pages = _page_tables([chunk.request for chunk in chunks], table_width)
+    index_of_version = {version: index for index, version in enumerate((0, *adapters))}
+    index = np.array([index_of_version[c.request.adapter_version] for c in chunks], np.int32)
+
+    # Of each token: its chunk, where it is in that, and its row.
+    chunk_of = np.repeat(np.arange(len(chunks)), length)
+    offset = np.arange(len(chunk_of)) - np.repeat(np.cumsum(length) - length, length)
+    row_of = np.repeat(np.array(rows, np.int32), length) + offset
+
+    num_tokens = shape.decode + shape.tiles * tile
+    token_ids, slots, adapter_index = np.zeros((3, num_tokens), np.int32)
+    positions = np.full(num_tokens, -1, np.int32)
+    position = start[chunk_of] + offset
+    token_ids[row_of] = known
+    positions[row_of] = position
+    slots[row_of] = pages[chunk_of, position // page_size] * page_size + position % page_size
+    adapter_index[row_of] = index[chunk_of]
+
+    num_decode = len(output.decode)
+    tables = np.repeat(pages[num_decode:], -(-length[num_decode:] // tile), axis=0)
+    page_table = np.zeros((shape.decode + shape.tiles, table_width), np.int32)
+    page_table[:num_decode] = pages[:num_decode]
+    page_table[shape.decode : shape.decode + len(tables)] = tables
+    lora = None
+    if shape.rank:
+        lora = _pack_lora(
+            list(adapters.values()),
             adapter_index,
             shape.rank,
             max_num_seqs,
@@ -173,16 +175,26 @@ def pack_step(
             partition,
             groups,
         )
-        if shape.rank
-        else None
-    )
     return ForwardBatch(
         token_ids=token_ids,
-        sampled_row=sampled_row,
-        ending_row=ending_row,
-        attention=attention,
+        sampled_row=np.array(sampled_row, np.int32),
+        ending_row=np.array(ending_row + [0] * (max_num_seqs - len(ending_row)), np.int32),
+        attention=AttentionBatch(
+            slots=slots,
+            positions=positions,
+            page_table=page_table,
+            num_decode=shape.decode,
+            tile=tile,
+        ),
         lora=lora,
     )
+
+
+def _page_tables(requests: Sequence[Request], width: int) -> np.ndarray:
+    """i32[requests, width]: the pages of each, then the null page."""
+    size = 4 * width
+    rows = [request.pages.tobytes().ljust(size, b"\0") for request in requests]
+    return np.frombuffer(b"".join(rows), np.int32).reshape(-1, width)
 
 
 def _pack_lora(
@@ -197,22 +209,23 @@ def _pack_lora(
     """The step's adapter tables; row 0 is the base, of rank 0."""
     num_rows, num_pages = lora_bucket_sizes(rank_bucket, partition)
     num_rows = min(num_rows, max_num_seqs + 1)
-    num_stages = len(partition.stages)
-    tables = np.zeros((num_stages, 3, num_rows, len(TARGETS)), np.int32)
+    num_stages, num_targets = len(partition.stages), len(TARGETS)
+    tables = np.zeros((num_stages, 3, num_rows, num_targets), np.int32)
     # Of several stages the last one scales.
-    scaling = np.ones((num_stages, num_layers, num_rows, len(TARGETS)), np.float32)
+    scaling = np.ones((num_stages, num_layers, num_rows, num_targets), np.float32)
     scaling[-1] = 0
     pages = np.zeros(num_pages, np.int32)
     page_start = np.zeros(num_rows, np.int32)
-    used = 0
-    for row, adapter in enumerate(adapters, start=1):
-        page_start[row] = used
-        pages[used : used + len(adapter.page_ids)] = adapter.page_ids
-        used += len(adapter.page_ids)
-        for stage, rows in enumerate(adapter.stages):
-            tables[stage, :, row] = rows
-        scaling[-1, :, row] = adapter.scaling
-    stages = tuple(
+    if adapters:
+        here = slice(1, 1 + len(adapters))
+        stages = np.array([adapter.stages for adapter in adapters])  # one copy, not one for each
+        tables[:, :, here] = np.moveaxis(stages, 0, 2)
+        scaling[-1, :, here] = np.array([adapter.scaling for adapter in adapters]).swapaxes(0, 1)
+        page_ids = np.concatenate([adapter.page_ids for adapter in adapters])
+        pages[: len(page_ids)] = page_ids
+        counts = [len(adapter.page_ids) for adapter in adapters]
+        page_start[here] = np.cumsum(counts) - counts
+    batches = tuple(
         LoraBatch(
             adapter_index=adapter_index,
             pages=pages,
@@ -225,7 +238,7 @@ def _pack_lora(
         )
         for stage in range(num_stages)
     )
-    return StepLora(stages=stages, groups=groups)
+    return StepLora(stages=batches, groups=groups)
 
 
 def pack_sampling(

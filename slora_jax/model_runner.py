@@ -18,7 +18,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,7 @@ from slora_jax.forward_programs import (
 from slora_jax.input_packing import (
     ResidentAdapter,
     StepShape,
+    adapters_of,
     first_rows,
     groups_of,
     needed_shape,
@@ -108,8 +109,8 @@ class LaunchedStep:
 
     def read(self) -> StepResult:
         """Wait for the results."""
-        ids = np.asarray(self.sampled)
-        tokens = {r.request_id: int(ids[k]) for k, r in enumerate(self.ending)}
+        ids = np.asarray(self.sampled)[: len(self.ending)]
+        tokens = dict(zip([r.request_id for r in self.ending], ids.tolist(), strict=True))
         logprobs: dict[str, ScoredToken] = {}
         if self.scores is not None:
             asked = [_num_top(request.sampling_params.logprobs) for request in self.ending]
@@ -377,7 +378,7 @@ class ModelRunner:
         with concurrent.futures.ThreadPoolExecutor() as threads:
             pending = []
             for shape in sorted(shapes, reverse=True):
-                batch = pack(self._pack(SchedulerOutput(), StepShape(*shape)))
+                batch = pack(self._pack(SchedulerOutput(), {}, StepShape(*shape)))
                 lowered = self._forward.lower(self.pool, self._sampled, batch)
                 pending.append(threads.submit(lowered))
             for size in sizes:
@@ -391,7 +392,7 @@ class ModelRunner:
     def swap_in(self, swap: SwapIn) -> None:
         """Copy an adapter's pages from CPU memory into the pool; later steps see it."""
         self.pool = swap_in(self.pool, swap.pages, swap.packed.pages)
-        resident = ResidentAdapter.place(swap.packed, tuple(swap.pages), self.view.adapters)
+        resident = ResidentAdapter.place(swap.packed, swap.pages, self.view.adapters)
         self._adapters[swap.version] = resident
         self._expect_groups(resident.ranks)
 
@@ -404,38 +405,39 @@ class ModelRunner:
 
         Tokens in flight may be those of the step launched before, and no older ones.
         """
-        need = needed_shape(output, self._adapters, self.prefill_tile)
-        shape = StepShape(*self._steps.choose(dataclasses.astuple(need)))
-        batch = pack(self._pack(output, shape))
+        adapters = adapters_of(output, self._adapters)
+        shape = StepShape(*self._steps.choose(needed_shape(output, adapters, self.prefill_tile)))
+        batch = pack(self._pack(output, adapters, shape))
         hidden, self.pool = self._forward(self.pool, self._sampled, batch)
-        rows = first_rows(output, shape, self.prefill_tile)
         chunks = (*output.decode, *output.prefill)
-        self.num_tokens += sum(chunk.num_tokens for chunk in chunks)
-        self.num_bytes += self._weight_bytes + int(self._page_bytes * self._num_pages_read(chunks))
-        self.num_token_rows += shape.decode + shape.tiles * self.prefill_tile
+        self._count(chunks, adapters, shape)
+        rows = first_rows(output, shape.decode, self.prefill_tile)
         prompt_scores = self._score_prompts(hidden.all, chunks, rows)
-        ending = [chunk.request for chunk in chunks if chunk.is_last]
+        ending = tuple([chunk.request for chunk in chunks if chunk.is_last])
         scores = self._sample_next(hidden.ending, ending, seeds)
-        launched = LaunchedStep(
-            self._sampled,
-            tuple(ending),
-            scores,
-            prompt_scores,
-        )
+        launched = LaunchedStep(self._sampled, ending, scores, prompt_scores)
         launched.start_reading()
         return launched
 
-    def _num_pages_read(self, chunks: Sequence[Chunk]) -> float:
-        """KV counts by the token, adapters by the page."""
-        tokens = sum(chunk.start + chunk.num_tokens for chunk in chunks)
-        versions = {chunk.request.adapter_version for chunk in chunks} & self._adapters.keys()
-        adapters = sum(len(self._adapters[version].page_ids) for version in versions)
-        return tokens / self.view.kv.page_size + adapters
+    def _count(
+        self, chunks: Sequence[Chunk], adapters: Mapping[int, ResidentAdapter], shape: StepShape
+    ) -> None:
+        self.num_tokens += sum([chunk.num_tokens for chunk in chunks])
+        self.num_token_rows += shape.decode + shape.tiles * self.prefill_tile
+        # KV counts by the token, adapters by the page.
+        kv_pages = sum([c.start + c.num_tokens for c in chunks]) / self.view.kv.page_size
+        adapter_pages = sum([len(adapter.page_ids) for adapter in adapters.values()])
+        self.num_bytes += self._weight_bytes + int(self._page_bytes * (kv_pages + adapter_pages))
 
-    def _pack(self, output: SchedulerOutput, shape: StepShape) -> ForwardBatch:
+    def _pack(
+        self,
+        output: SchedulerOutput,
+        adapters: Mapping[int, ResidentAdapter],
+        shape: StepShape,
+    ) -> ForwardBatch:
         return pack_step(
             output,
-            self._adapters,
+            adapters,
             shape,
             self._sampled_rows,
             tile=self.prefill_tile,
@@ -469,16 +471,15 @@ class ModelRunner:
         return scores
 
     def _score_prompts(
-        self, hidden: jax.Array, chunks: Sequence[Chunk], rows: dict[str, int]
+        self, hidden: jax.Array, chunks: Sequence[Chunk], rows: Sequence[int]
     ) -> tuple[list[tuple[Request, int, int]], TokenLogprobs] | None:
         """Each computed prompt position scores the prompt token that follows it."""
         wanted: list[tuple[Request, int, int]] = []  # request, position of the token, the token
         row_of: list[int] = []
-        for chunk in chunks:
+        for chunk, first in zip(chunks, rows, strict=True):
             request, prompt = chunk.request, chunk.request.prompt_token_ids
             if request.sampling_params.prompt_logprobs is None:
                 continue
-            first = rows[request.request_id]
             for position in range(
                 chunk.start, min(chunk.start + chunk.num_tokens, len(prompt) - 1)
             ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from array import array
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -60,8 +61,9 @@ class Request:
     """Tokens whose K and V are in ``pages``, or will be once the launched steps have run."""
     num_tokens_in_flight: int = 0
     """Tokens that launched steps sample and the host has not read yet."""
-    pages: list[int] = dataclasses.field(default_factory=list)
-    """The page table: page ``i`` holds the tokens from ``i * page_size`` on."""
+    pages: array[int] = dataclasses.field(default_factory=lambda: array("i"))
+    """The page table: page ``i`` holds the tokens from ``i * page_size`` on. 32-bit integers, whose
+    bytes a step's page table takes as they are."""
 
     arrival_order: int = 0
     """Among all requests of its scheduler."""

@@ -32,8 +32,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable
+from typing import NamedTuple
 
 from slora_jax.adapter_cache import AdapterCache, SwapIn
 from slora_jax.adapter_store import AdapterStore
@@ -45,8 +47,7 @@ from slora_jax.request import FinishReason, Request, RequestStatus
 from slora_jax.waiting import WaitingRequests
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Compute the tokens [start, start + num_tokens) of one request."""
 
     request: Request
@@ -230,20 +231,19 @@ class Scheduler:
         preempted: list[Request] = []
         failed = self._abort_hopeless()
         budget = self._max_num_batched_tokens
-        reserved = 0  # pages that the running requests will want soon
         for request in list(self._running.values()):
             if request.status is not RequestStatus.RUNNING:
                 break  # preempted for one before it, and so are all behind it
-            num_tokens = self._next_chunk_size(request, budget)
-            if num_tokens:
-                if not self._extend_pages(request, num_tokens, preempted):
+            chunk = self._next_chunk(request, budget)
+            if chunk is not None:
+                if not self._extend_pages(chunk, preempted):
                     break
-                chunks.append(self._chunk(request, num_tokens))
-                budget -= self._prefill_cost(num_tokens)
-            reserved += self._pages_wanted(request)
-        if not preempted:
+                chunks.append(chunk)
+                budget -= self._prefill_cost(chunk)
+        if self._waiting and not preempted:
             # Before admission evicts what the next ones need.
             self._cache.touch(self._upcoming_versions())
+            reserved = sum(map(self._pages_wanted, self._running.values()))
             self._admit(budget, reserved, chunks, failed)
             self._prefetch(reserved)
         decode = [chunk for chunk in chunks if chunk.num_tokens == 1]
@@ -359,9 +359,9 @@ class Scheduler:
             request = self._waiting.peek()
             if request is None or request.num_tokens_in_flight:
                 return  # the tokens of a preempted request must be known before it is resumed
-            num_tokens = self._next_chunk_size(request, budget)
+            chunk = self._next_chunk(request, budget)
             wanted = reserved + self._num_pages(request.num_tokens)
-            if not num_tokens or wanted > self._cache.num_available(request.adapter_version):
+            if chunk is None or wanted > self._cache.num_available(request.adapter_version):
                 return
             before = self._clock()
             try:
@@ -378,28 +378,26 @@ class Scheduler:
             self._waiting.admit(request)
             request.status = RequestStatus.RUNNING
             self._running[request.request_id] = request
-            self._extend_pages(request, num_tokens, preempted=None)
-            chunks.append(self._chunk(request, num_tokens))
-            budget -= self._prefill_cost(num_tokens)
+            self._extend_pages(chunk, preempted=None)
+            chunks.append(chunk)
+            budget -= self._prefill_cost(chunk)
             reserved += self._pages_wanted(request)
 
-    def _next_chunk_size(self, request: Request, budget: int) -> int:
-        """As many of its tokens as fit; 0 where there is none to compute or no budget left."""
-        num_tokens = request.num_tokens_with_in_flight
-        if num_tokens >= request.max_total_tokens:
-            return 0  # only the last token's value is missing, and nothing follows it
-        remaining = num_tokens - request.num_computed_tokens
-        return 1 if remaining == 1 else min(remaining, budget)
-
-    def _prefill_cost(self, num_tokens: int) -> int:
-        if num_tokens == 1:
-            return 0
-        return -(-num_tokens // self._prefill_tile) * self._prefill_tile
-
-    def _chunk(self, request: Request, num_tokens: int) -> Chunk:
+    def _next_chunk(self, request: Request, budget: int) -> Chunk | None:
+        """As many of its tokens as fit; None where there is none to compute or no budget left."""
+        end = request.num_tokens_with_in_flight
+        if end >= request.max_total_tokens:
+            return None  # only the last token's value is missing, and nothing follows it
         start = request.num_computed_tokens
-        is_last = start + num_tokens == request.num_tokens_with_in_flight
-        return Chunk(request, start, num_tokens, is_last)
+        if end - start == 1:
+            return Chunk(request, start, 1, True)
+        num_tokens = min(end - start, budget)
+        return Chunk(request, start, num_tokens, start + num_tokens == end) if num_tokens else None
+
+    def _prefill_cost(self, chunk: Chunk) -> int:
+        if chunk.num_tokens == 1:
+            return 0
+        return -(-chunk.num_tokens // self._prefill_tile) * self._prefill_tile
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
@@ -417,15 +415,13 @@ class Scheduler:
         soon = self._num_pages(request.num_tokens_with_in_flight) + 1
         return min(soon, self._most_pages(request)) - len(request.pages)
 
-    def _extend_pages(
-        self, request: Request, num_tokens: int, preempted: list[Request] | None
-    ) -> bool:
+    def _extend_pages(self, chunk: Chunk, preempted: list[Request] | None) -> bool:
         """Give a running request the pages for its next chunk, whatever that takes.
 
         False where it had to be preempted itself. ``preempted`` None: there is room, no one yields.
         """
-        end = request.num_computed_tokens + num_tokens
-        lacking = self._num_pages(end) - len(request.pages)
+        request, start, num_tokens, _ = chunk
+        lacking = self._num_pages(start + num_tokens) - len(request.pages)
         if lacking <= 0:
             return True
         while not self._cache.evict_idle(lacking):
@@ -438,7 +434,7 @@ class Scheduler:
                 return False
         pages = self._allocator.allocate(lacking, _owner(request))
         assert pages is not None
-        request.pages += pages
+        request.pages.extend(pages)
         return True
 
     def _preempt(self, request: Request) -> None:
@@ -452,7 +448,7 @@ class Scheduler:
 
     def _give_up_pages(self, request: Request) -> None:
         self._allocator.free(request.pages, _owner(request))
-        request.pages = []
+        request.pages = array("i")
         self._cache.release(request.adapter_version)
 
     # -- what can run at all -------------------------------------------------------------------

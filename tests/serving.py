@@ -21,7 +21,7 @@ from checkpoints.synthetic import write_synthetic_adapter, write_synthetic_llama
 from slora_jax import LLM
 from slora_jax.config import EngineConfig
 from slora_jax.engine import Engine
-from slora_jax.input_packing import StepShape, first_rows
+from slora_jax.input_packing import first_rows
 from slora_jax.model_runner import LaunchedStep
 from slora_jax.page_allocator import NULL_PAGE
 from slora_jax.transfer import unpack
@@ -137,10 +137,8 @@ def recorded_logits(llm: LLM) -> Iterator[Logits]:
         launched = launch(output, seeds)
         batch, hidden = steps.pop()
         logits = np.asarray(model.logits(hidden))
-        shape = StepShape(decode=batch.attention.num_decode, tiles=0, rank=0)
-        rows = first_rows(output, shape, batch.attention.tile)
-        for chunk in (*output.decode, *output.prefill):
-            first = rows[chunk.request.request_id]
+        rows = first_rows(output, batch.attention.num_decode, batch.attention.tile)
+        for chunk, first in zip((*output.decode, *output.prefill), rows, strict=True):
             here = logits[first : first + chunk.num_tokens]
             known = recorded.setdefault(chunk.request.request_id, {})
             known.update(enumerate(here, start=chunk.start))

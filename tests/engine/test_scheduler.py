@@ -207,7 +207,7 @@ def test_a_preempted_request_keeps_its_version_and_gives_up_its_reference():
     while b.status is not RequestStatus.PREEMPTED:
         engine.step()
         engine.scheduler.check_invariants()
-    assert (b.pages, b.num_computed_tokens) == ([], 0)
+    assert (list(b.pages), b.num_computed_tokens) == ([], 0)
     engine.run()
     assert b.output_token_ids == tokens_alone(b.prompt_token_ids, "x", 8)
     assert engine.allocator.num_free == 8
@@ -313,7 +313,7 @@ def test_abort(num_steps):
     for _ in range(num_steps):
         engine.step()
     assert engine.scheduler.abort("a") is r
-    assert (r.status, r.finish_reason, r.pages) == (RequestStatus.FINISHED, "abort", [])
+    assert (r.status, r.finish_reason, list(r.pages)) == (RequestStatus.FINISHED, "abort", [])
     engine.scheduler.check_invariants()
     assert engine.allocator.counts().get("kv") is None
     assert engine.scheduler.abort("a") is None
