@@ -408,21 +408,23 @@ class Engine:
         return touched
 
     def _postprocess(self, result: StepResult) -> list[Generation]:
-        touched: dict[str, Generation] = {}
+        touched: dict[Generation, None] = {}  # a set in order
         for request_id, scored in result.prompt_logprobs.items():
             if request_id in self._running:
                 self._running[request_id][0].prompt_logprobs.update(scored)
         for request_id, token_id in result.tokens.items():
-            if request_id not in self._running:
+            running = self._running.get(request_id)
+            if running is None:
                 continue  # it ended after this step had been launched
-            generation, completion = self._running[request_id]
-            touched[generation.request_id] = generation
+            generation, completion = running
+            touched[generation] = None
             if request_id in result.logprobs:
                 completion.logprobs.append(result.logprobs[request_id])
             self._append_token(completion, token_id)
             if completion.request.is_finished:
+                completion.detokenizer.finish()
                 del self._running[request_id]
-        return list(touched.values())
+        return list(touched)
 
     def _append_token(self, completion: Completion, token_id: int) -> None:
         """Give a request its next token and end it where a stop condition holds."""
@@ -438,8 +440,6 @@ class Engine:
             self.scheduler.finish(request, "stop", stop_reason=detokenizer.stop_reason)
         elif request.num_tokens >= request.max_total_tokens:
             self.scheduler.finish(request, "length")
-        if request.is_finished:
-            detokenizer.finish()
 
     # -- reports ----------------------------------------------------------------------------------
 

@@ -56,8 +56,8 @@ class ResidentAdapter:
     largest_rank: int
     """What the adapter adds to a step's rank bucket."""
     stages: np.ndarray
-    """i32[stages, 3, 7]: stored ranks, first rows of A, first rows of Bᵀ."""
-    scaling: np.ndarray  # f32[layers, 7]
+    """i32[1, stages, 3, 7]: stored ranks, first rows of A, first rows of Bᵀ."""
+    scaling: np.ndarray  # f32[1, layers, 7]
 
     @classmethod
     def place(
@@ -71,8 +71,8 @@ class ResidentAdapter:
             page_ids=np.array(page_ids, np.int32),
             ranks=tuple(packed.ranks),
             largest_rank=max(packed.ranks),
-            stages=np.array([[ranks, *rows] for ranks, rows in of_stages], np.int32),
-            scaling=np.asarray(packed.scaling, np.float32),
+            stages=np.array([[[ranks, *rows] for ranks, rows in of_stages]], np.int32),
+            scaling=np.ascontiguousarray(packed.scaling, np.float32)[None],
         )
 
 
@@ -80,8 +80,8 @@ def adapters_of(
     output: SchedulerOutput, adapters: Mapping[int, ResidentAdapter]
 ) -> dict[int, ResidentAdapter]:
     """Those of the step, by version, in the order of its chunks."""
-    versions = dict.fromkeys(c.request.adapter_version for c in (*output.decode, *output.prefill))
-    return {version: adapters[version] for version in versions if version}
+    versions = [chunk.request.adapter_version for chunk in (*output.decode, *output.prefill)]
+    return {version: adapters[version] for version in dict.fromkeys(versions) if version}
 
 
 def needed_shape(
@@ -129,7 +129,7 @@ def pack_step(
     rows = first_rows(output, shape.decode, tile)
     known, sampled_row, ending_row = [], [-1] * shape.decode, []
     for (request, start, num_tokens, is_last), row in zip(chunks, rows, strict=True):
-        if start == request.num_tokens:  # the one token that is still in flight
+        if request.num_tokens_in_flight:  # the chunk is the one token whose value is not known
             assert num_tokens == request.num_tokens_in_flight == 1
             known.append(0)
             sampled_row[row] = sampled_rows[request.request_id]
@@ -218,10 +218,10 @@ def _pack_lora(
     page_start = np.zeros(num_rows, np.int32)
     if adapters:
         here = slice(1, 1 + len(adapters))
-        stages = np.array([adapter.stages for adapter in adapters])  # one copy, not one for each
+        stages = _joined([adapter.stages for adapter in adapters])
         tables[:, :, here] = np.moveaxis(stages, 0, 2)
-        scaling[-1, :, here] = np.array([adapter.scaling for adapter in adapters]).swapaxes(0, 1)
-        page_ids = np.concatenate([adapter.page_ids for adapter in adapters])
+        scaling[-1, :, here] = _joined([adapter.scaling for adapter in adapters]).swapaxes(0, 1)
+        page_ids = _joined([adapter.page_ids for adapter in adapters])
         pages[: len(page_ids)] = page_ids
         counts = [len(adapter.page_ids) for adapter in adapters]
         page_start[here] = np.cumsum(counts) - counts
@@ -241,6 +241,12 @@ def _pack_lora(
     return StepLora(stages=batches, groups=groups)
 
 
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """The same as ``np.concatenate``, of contiguous arrays, in a third of the time."""
+    joined = np.frombuffer(b"".join(arrays), arrays[0].dtype)
+    return joined.reshape(-1, *arrays[0].shape[1:])
+
+
 def pack_sampling(
     requests: Sequence[Request],
     size: int,
@@ -253,6 +259,8 @@ def pack_sampling(
     ``sampled_rows`` as for ``pack_step``.
     """
     params = [request.sampling_params for request in requests]
+    if all([p.is_argmax for p in params]):
+        return SamplingBatch()
 
     def column(name: str, neutral: float, dtype: type) -> np.ndarray:
         values = np.full(size, neutral, dtype)
@@ -267,9 +275,8 @@ def pack_sampling(
         ]
         words = np.zeros((size, 2), np.uint32)
         position = np.zeros(size, np.int32)
-        for k, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
-            words[k] = split_seed(seed)
-            position[k] = request.num_tokens_with_in_flight
+        words[: len(seeds)] = [split_seed(seed) for seed in seeds]
+        position[: len(requests)] = [r.num_tokens_with_in_flight for r in requests]
         randomness = Randomness(temperature=temperature, seed=words, position=position)
         if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
             truncation = Truncation(
@@ -277,7 +284,7 @@ def pack_sampling(
                 top_p=column("top_p", 1, np.float32),
                 min_p=column("min_p", 0, np.float32),
             )
-    if any(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty for p in params):
+    if any(p.has_penalties for p in params):
         penalties = Penalties(
             history=_padded([_history(r, sampled_rows) for r in requests], size),
             prompt_len=np.asarray(

@@ -458,7 +458,7 @@ class ModelRunner:
             return None
         (size,) = self._samples.choose((len(requests),))
         how = pack_sampling(requests, size, seeds, self._sampled_rows)
-        asked = max(_num_top(request.sampling_params.logprobs) for request in requests)
+        asked = max([_num_top(request.sampling_params.logprobs) for request in requests])
         self._sampled, scores = self._sample(
             self._weights,
             ending,
@@ -467,7 +467,7 @@ class ModelRunner:
             size=size,
             num_top=_bucket_top(asked),
         )
-        self._sampled_rows = {r.request_id: row for row, r in enumerate(requests)}
+        self._sampled_rows = {request.request_id: row for row, request in enumerate(requests)}
         return scores
 
     def _score_prompts(

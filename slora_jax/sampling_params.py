@@ -8,6 +8,7 @@ scheduler (lengths).
 
 import dataclasses
 import difflib
+import functools
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -151,6 +152,11 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Each token is the likeliest one; no randomness and no truncation."""
         return self.temperature < GREEDY_BELOW
+
+    @functools.cached_property
+    def is_argmax(self) -> bool:
+        """Each token is the likeliest one by the raw logits, which nothing changes."""
+        return self.is_greedy and not self.has_penalties and not self.min_tokens
 
     @property
     def has_truncation(self) -> bool:

@@ -235,11 +235,12 @@ class Scheduler:
             if request.status is not RequestStatus.RUNNING:
                 break  # preempted for one before it, and so are all behind it
             chunk = self._next_chunk(request, budget)
-            if chunk is not None:
-                if not self._extend_pages(chunk, preempted):
-                    break
-                chunks.append(chunk)
-                budget -= self._prefill_cost(chunk)
+            if chunk is None:
+                continue
+            if not self._extend_pages(chunk, preempted):
+                break
+            chunks.append(chunk)
+            budget -= self._prefill_cost(chunk)
         if self._waiting and not preempted:
             # Before admission evicts what the next ones need.
             self._cache.touch(self._upcoming_versions())
@@ -421,9 +422,9 @@ class Scheduler:
         False where it had to be preempted itself. ``preempted`` None: there is room, no one yields.
         """
         request, start, num_tokens, _ = chunk
-        lacking = self._num_pages(start + num_tokens) - len(request.pages)
-        if lacking <= 0:
+        if start + num_tokens <= len(request.pages) * self._page_size:
             return True
+        lacking = self._num_pages(start + num_tokens) - len(request.pages)
         while not self._cache.evict_idle(lacking):
             assert preempted is not None, "admission found room for it"
             assert len(self._running) > 1, "add and pin_adapter left it enough to run alone"
