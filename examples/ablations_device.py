@@ -175,14 +175,14 @@ def _merge_weights(llm: LLM, rank: int) -> None:
 
     launch, merged = runner.launch, [0]
 
-    def launch_merged(output, seeds):
+    def launch_merged(output):
         version = next(iter((*output.decode, *output.prefill))).request.adapter_version
         if version != merged[0]:
             for linear, original, (a, b) in zip(linears, originals, factors, strict=True):
                 linear.weight[...] = merge(linear.weight[...], original, a, b)
             _pass_weights_on(runner, model)
             merged[0] = version
-        return launch(output, seeds)
+        return launch(output)
 
     place = runner.swap_in
 

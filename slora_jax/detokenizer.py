@@ -90,10 +90,12 @@ class IncrementalDetokenizer:
             return True
         assert not self._is_finished, "append after finish"
         self._num_tokens += 1
-        if self._matchers:
-            return self._take(token_id)
-        self._pending.append(token_id)
-        return False
+        if not self._matchers:
+            self._pending.append(token_id)
+            return False
+        if (text := self._take_whole([token_id])) is not None:
+            return self._settle(text)
+        return self._take(token_id)
 
     def finish(self) -> str:
         """End the output: what waited is text now. Returns the final text."""
@@ -101,22 +103,38 @@ class IncrementalDetokenizer:
         return self.text
 
     def _decode_pending(self) -> None:
-        """Take all of them: at once where their text has whole characters alone, or one by one."""
+        """Take all of them: at once where they end no character and begin none, or one by one."""
+        if not self._pending:
+            return
         pending, self._pending = self._pending, []
-        if len(pending) > 1 and not self._prompt_open:
-            tokens = self._window + pending
-            text = self._decode(tokens)
-            gain = text.removeprefix(self._before)
-            if text.startswith(self._before) and _UNFINISHED not in gain:
-                self._settled += gain
-                self._unsettled = ""
-                self._begin_window(tokens)
-                return
+        if (text := self._take_whole(pending)) is not None:
+            self._settle(text)
+            return
         for token_id in pending:
             self._take(token_id)
 
+    def _take_whole(self, token_ids: list[int]) -> str | None:
+        """Let the window grow by tokens whose text has no unfinished character, and return it.
+
+        None, with nothing changed, where there is one, or no text at all.
+        """
+        if self._prompt_open:
+            return None
+        window = self._window + token_ids
+        text = self._decode(window)
+        gain = text[len(self._before) :]
+        if not gain or _UNFINISHED in gain or not text.startswith(self._before):
+            return None
+        self._unsettled = ""
+        if len(window) <= 2 * _MIN_WINDOW:
+            self._window, self._closed = window, len(window)
+            self._window_text = self._before = text
+        else:
+            self._begin_window(window)
+        return gain
+
     def _take(self, token_id: int) -> bool:
-        """Add the next token's text; True where it completes a stop string."""
+        """Add the next token, whatever it is; True where it completes a stop string."""
         self._window.append(token_id)
         text = self._decode(self._window)
         if text == self._window_text and self._is_silent(token_id):

@@ -58,7 +58,6 @@ class Completion:
     index: int
     request: Request
     detokenizer: IncrementalDetokenizer
-    seed: int
     logprobs: list[ScoredToken]
 
 
@@ -394,10 +393,8 @@ class Engine:
     def _launch(self, output: SchedulerOutput) -> LaunchedStep | None:
         if output.is_empty:
             return None
-        ending = [chunk.request for chunk in (*output.decode, *output.prefill) if chunk.is_last]
-        seeds = [self._running[request.request_id][1].seed for request in ending]
         self._num_steps += 1
-        return self._runner.launch(output, seeds)
+        return self._runner.launch(output)
 
     def _end_failed(self, output: SchedulerOutput) -> list[Generation]:
         touched = []
@@ -648,6 +645,7 @@ class Engine:
             adapter_id=generation.adapter_id,
             adapter_version=version,
             max_total_tokens=min(limit, self.max_model_len),
+            seed=(base_seed + index) % 2**63,
             eos_token_ids=self._eos_token_ids,
             arrival_time=self._clock(),
         )
@@ -661,7 +659,6 @@ class Engine:
                 params.stop,
                 params.min_tokens,
             ),
-            seed=(base_seed + index) % 2**63,
             logprobs=[],
         )
 

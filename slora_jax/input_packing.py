@@ -250,13 +250,12 @@ def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
 def pack_sampling(
     requests: Sequence[Request],
     size: int,
-    seeds: Sequence[int],
     sampled_rows: Mapping[str, int],
 ) -> SamplingBatch:
     """How to draw the next token of each request, padded to ``size`` greedy rows.
 
-    A part that no request needs is None, which compiles to nothing. ``seeds``: one per request;
-    ``sampled_rows`` as for ``pack_step``.
+    A part that no request needs is None, which compiles to nothing. ``sampled_rows`` as for
+    ``pack_step``.
     """
     params = [request.sampling_params for request in requests]
     if all([p.is_argmax for p in params]):
@@ -275,7 +274,7 @@ def pack_sampling(
         ]
         words = np.zeros((size, 2), np.uint32)
         position = np.zeros(size, np.int32)
-        words[: len(seeds)] = [split_seed(seed) for seed in seeds]
+        words[: len(requests)] = [split_seed(r.seed) for r in requests]
         position[: len(requests)] = [r.num_tokens_with_in_flight for r in requests]
         randomness = Randomness(temperature=temperature, seed=words, position=position)
         if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):

@@ -400,10 +400,9 @@ class ModelRunner:
         """The adapter has left the pool."""
         self._adapters.pop(version, None)
 
-    def launch(self, output: SchedulerOutput, seeds: Sequence[int]) -> LaunchedStep:
-        """Start one step. ``seeds``: one per chunk that ends.
-
-        Tokens in flight may be those of the step launched before, and no older ones.
+    def launch(self, output: SchedulerOutput) -> LaunchedStep:
+        """Start one step. Tokens in flight may be those of the step launched before, and no older
+        ones.
         """
         adapters = adapters_of(output, self._adapters)
         shape = StepShape(*self._steps.choose(needed_shape(output, adapters, self.prefill_tile)))
@@ -414,7 +413,7 @@ class ModelRunner:
         rows = first_rows(output, shape.decode, self.prefill_tile)
         prompt_scores = self._score_prompts(hidden.all, chunks, rows)
         ending = tuple([chunk.request for chunk in chunks if chunk.is_last])
-        scores = self._sample_next(hidden.ending, ending, seeds)
+        scores = self._sample_next(hidden.ending, ending)
         launched = LaunchedStep(self._sampled, ending, scores, prompt_scores)
         launched.start_reading()
         return launched
@@ -449,15 +448,13 @@ class ModelRunner:
             groups=self._groups,
         )
 
-    def _sample_next(
-        self, ending: jax.Array, requests: Sequence[Request], seeds: Sequence[int]
-    ) -> TokenLogprobs | None:
+    def _sample_next(self, ending: jax.Array, requests: Sequence[Request]) -> TokenLogprobs | None:
         """Leaves a token for each request in ``_sampled``; ``ending`` has their hidden states."""
         if not requests:
             self._sampled_rows = {}
             return None
         (size,) = self._samples.choose((len(requests),))
-        how = pack_sampling(requests, size, seeds, self._sampled_rows)
+        how = pack_sampling(requests, size, self._sampled_rows)
         asked = max([_num_top(request.sampling_params.logprobs) for request in requests])
         self._sampled, scores = self._sample(
             self._weights,

@@ -44,6 +44,8 @@ class Request:
     adapter_id: str | None = None
     adapter_version: int = 0
     """Bound when the request is made, so that it finishes on the weights it started with."""
+    seed: int = 0
+    """What its tokens are drawn with, unless it is greedy; 0 <= seed < 2**63."""
     eos_token_ids: tuple[int, ...] = ()
     """What ends the sequence unless ``sampling_params.ignore_eos``."""
     client_id: str | None = None

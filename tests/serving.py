@@ -133,8 +133,8 @@ def recorded_logits(llm: LLM) -> Iterator[Logits]:
 
     recording_forward.num_compiles = forward.num_compiles
 
-    def recording_launch(output, seeds):
-        launched = launch(output, seeds)
+    def recording_launch(output):
+        launched = launch(output)
         batch, hidden = steps.pop()
         logits = np.asarray(model.logits(hidden))
         rows = first_rows(output, batch.attention.num_decode, batch.attention.tile)
@@ -177,9 +177,9 @@ def poisoned_pages(llm: LLM) -> Iterator[None]:
         poison()
         return step()
 
-    def poisoning_launch(output, seeds):
+    def poisoning_launch(output):
         poison()  # a swap-in has just written zeros to the null page
-        return launch(output, seeds)
+        return launch(output)
 
     engine.step, runner.launch = poisoning_step, poisoning_launch
     try:
@@ -194,8 +194,8 @@ def scripted_tokens(llm: LLM, tokens: Sequence[int]) -> Iterator[None]:
     runner = llm._engine._runner
     launch = runner.launch
 
-    def scripted_launch(output, seeds):
-        launched = launch(output, seeds)
+    def scripted_launch(output):
+        launched = launch(output)
 
         def read():
             result = LaunchedStep.read(launched)

@@ -259,12 +259,12 @@ def failing_steps(llm: LLM, fails):
     runner = llm._engine._runner
     launch, count = runner.launch, iter(range(1000))
 
-    def failing_launch(output, seeds):
+    def failing_launch(output):
         if fails(next(count)):
             for layer in runner.pool:
                 layer.delete()
             raise RuntimeError("the device fell over")
-        return launch(output, seeds)
+        return launch(output)
 
     runner.launch = failing_launch
     try:

@@ -870,8 +870,8 @@ def test_a_stream_collected_within_a_step(llm: LLM, served: Served, monkeypatch)
     runner = llm._engine._runner
     launch = runner.launch
 
-    def launch_and_collect(output, seeds):
-        launched = launch(output, seeds)
+    def launch_and_collect(output):
+        launched = launch(output)
         gc.collect()
         return launched
 
@@ -962,7 +962,7 @@ def test_close_while_another_thread_generates(scratch: LLM):
 
 
 def test_a_step_that_fails_closes_the_engine_with_the_cause(scratch: LLM, monkeypatch):
-    def fail(output, seeds):
+    def fail(output):
         raise RuntimeError("the device is on fire")
 
     stream = scratch.stream("a", "good", greedy(9))
@@ -1011,11 +1011,11 @@ def interrupts_in_step(llm: LLM, count: int) -> Iterator[None]:
     runner = llm._engine._runner
     launch, steps = runner.launch, iter(range(10**6))
 
-    def launch_interrupted(output, seeds):
+    def launch_interrupted(output):
         if next(steps) == 2:
             for _ in range(count):
                 signal.raise_signal(signal.SIGINT)
-        return launch(output, seeds)
+        return launch(output)
 
     runner.launch = launch_interrupted
     try:
