@@ -12,6 +12,7 @@ import dataclasses
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
@@ -336,11 +337,16 @@ class LLM:
                 ) as bar,
             ):
                 generations = self._add_all(checked)
-                while not all(generation.finished for generation in generations):
-                    self._step()
-                    bar.update(sum(g.finished for g in generations) - bar.n)
-                    if interrupted.is_set():
-                        raise KeyboardInterrupt
+                shown = time.monotonic()
+                for generation in generations:  # any behind it may finish before it
+                    while not generation.finished:
+                        self._step()
+                        if time.monotonic() - shown > 0.1:  # there may be thousands to look at
+                            bar.update(sum(g.finished for g in generations) - bar.n)
+                            shown = time.monotonic()
+                        if interrupted.is_set():
+                            raise KeyboardInterrupt
+                bar.update(len(generations) - bar.n)
         finally:
             self._abort_all(generations)
         with self._lock:
