@@ -212,8 +212,8 @@ def _pack_lora(
     num_stages, num_targets = len(partition.stages), len(TARGETS)
     tables = np.zeros((num_stages, 3, num_rows, num_targets), np.int32)
     # Of several stages the last one scales.
-    scaling = np.ones((num_stages, num_layers, num_rows, num_targets), np.float32)
-    scaling[-1] = 0
+    scaling = np.zeros((num_stages, num_layers, num_rows, num_targets), np.float32)
+    scaling[:-1] = 1
     pages = np.zeros(num_pages, np.int32)
     page_start = np.zeros(num_rows, np.int32)
     if adapters:
@@ -223,7 +223,7 @@ def _pack_lora(
         scaling[-1, :, here] = _joined([adapter.scaling for adapter in adapters]).swapaxes(0, 1)
         page_ids = _joined([adapter.page_ids for adapter in adapters])
         pages[: len(page_ids)] = page_ids
-        counts = [len(adapter.page_ids) for adapter in adapters]
+        counts = np.array([len(adapter.page_ids) for adapter in adapters], np.int32)
         page_start[here] = np.cumsum(counts) - counts
     batches = tuple(
         LoraBatch(

@@ -99,8 +99,8 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
-        """Whether ``finish_reason`` is set; nothing changes after that."""
-        return self.status is RequestStatus.FINISHED
+        """Nothing changes any more."""
+        return self.finish_reason is not None
 
     def tokens_between(self, start: int, stop: int) -> list[int]:
         """The known tokens [start, stop), prompt and output as one sequence."""

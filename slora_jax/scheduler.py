@@ -232,8 +232,8 @@ class Scheduler:
         failed = self._abort_hopeless()
         budget = self._max_num_batched_tokens
         for request in list(self._running.values()):
-            if request.status is not RequestStatus.RUNNING:
-                break  # preempted for one before it, and so are all behind it
+            if preempted and request.status is not RequestStatus.RUNNING:
+                break  # it had to yield to one before it, and so had all behind it
             chunk = self._next_chunk(request, budget)
             if chunk is None:
                 continue
