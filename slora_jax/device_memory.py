@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.layout import GROUPS
+from pallas_kernels.layout import TARGETS
+from slora_jax.adapter_store import BASE_VERSION
+from slora_jax.adapter_tables import AdapterTables
 from slora_jax.forward_programs import WholeForward, compiler_options, over_leaves
 from slora_jax.input_packing import StepShape, pack_step
 from slora_jax.model_runner import make_sample_program, step_buckets
@@ -55,18 +57,18 @@ def measure_step_bytes(
     short.layers = nnx.List(list(model.layers)[:LAYERS])
     max_tiles = max_prefill_tokens // prefill_tile
     buckets = step_buckets(view.kernels, max_num_seqs, max_tiles, prefill_tile)
+    adapters = AdapterTables(view.adapters, num_layers=LAYERS, max_adapters=0)
+    adapters.expect([1] * len(TARGETS))
     batch = pack_step(
         SchedulerOutput(),
-        {},
+        adapters,
+        [BASE_VERSION],
         StepShape(*buckets.choose((max_num_seqs, max_tiles, 8))),
         {},
         tile=prefill_tile,
         page_size=view.kv.page_size,
         table_width=-(-max_model_len // view.kv.page_size),
         max_num_seqs=max_num_seqs,
-        num_layers=LAYERS,
-        partition=view.adapters,
-        groups=GROUPS,
     )
 
     # Shapes stand for arrays, which the types do not know.

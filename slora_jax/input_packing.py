@@ -7,18 +7,15 @@ computed, and decides nothing.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from pallas_kernels.layout import GROUPS, TARGETS
 from pallas_kernels.paged_attention.api import AttentionBatch
-from pallas_kernels.paged_lora.api import LoraBatch, lora_bucket_sizes
-from slora_jax.adapter_partition import AdapterPartition
-from slora_jax.adapter_store import PackedAdapter
-from slora_jax.batch import ForwardBatch, StepLora
+from slora_jax.adapter_store import BASE_VERSION
+from slora_jax.adapter_tables import AdapterTables
+from slora_jax.batch import ForwardBatch
 from slora_jax.request import Request
 from slora_jax.sampling import Penalties, Randomness, SamplingBatch, Truncation
 from slora_jax.sampling_params import split_seed
@@ -41,57 +38,18 @@ class StepShape(NamedTuple):
     """Sum over the step's adapters of their largest rank; 0 compiles no LoRA at all."""
 
 
-def groups_of(ranks: Sequence[int] | np.ndarray) -> frozenset[tuple[str, ...]]:
-    """The groups of targets of which an adapter of these ranks has any."""
-    has = {target for target, rank in zip(TARGETS, ranks, strict=True) if rank}
-    return frozenset(group for group in GROUPS if has.intersection(group))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ResidentAdapter:
-    """One adapter in the pool, as the kernels address it."""
-
-    page_ids: np.ndarray  # i32[pages]
-    ranks: tuple[int, ...]  # of each target
-    largest_rank: int
-    """What the adapter adds to a step's rank bucket."""
-    stages: np.ndarray
-    """i32[1, stages, 3, 7]: stored ranks, first rows of A, first rows of Bᵀ."""
-    scaling: np.ndarray  # f32[1, layers, 7]
-
-    @classmethod
-    def place(
-        cls, packed: PackedAdapter, page_ids: Sequence[int], partition: AdapterPartition
-    ) -> ResidentAdapter:
-        """The adapter ``packed`` once its pages lie at ``page_ids``."""
-        of_stages = zip(
-            partition.stage_ranks(packed.ranks), partition.segments(packed.ranks), strict=True
-        )
-        return cls(
-            page_ids=np.array(page_ids, np.int32),
-            ranks=tuple(packed.ranks),
-            largest_rank=max(packed.ranks),
-            stages=np.array([[[ranks, *rows] for ranks, rows in of_stages]], np.int32),
-            scaling=np.ascontiguousarray(packed.scaling, np.float32)[None],
-        )
-
-
-def adapters_of(
-    output: SchedulerOutput, adapters: Mapping[int, ResidentAdapter]
-) -> dict[int, ResidentAdapter]:
-    """Those of the step, by version, in the order of its chunks."""
+def versions_of(output: SchedulerOutput) -> list[int]:
+    """The adapters of a step, the base first whether it has tokens or not."""
     versions = [chunk.request.adapter_version for chunk in (*output.decode, *output.prefill)]
-    return {version: adapters[version] for version in dict.fromkeys(versions) if version}
+    return list(dict.fromkeys([BASE_VERSION, *versions]))
 
 
-def needed_shape(
-    output: SchedulerOutput, adapters: Mapping[int, ResidentAdapter], tile: int
-) -> StepShape:
-    """The smallest shape that holds the step; ``adapters`` are those of the step."""
+def needed_shape(output: SchedulerOutput, sum_of_ranks: int, tile: int) -> StepShape:
+    """The smallest shape that holds the step, of adapters whose largest ranks have this sum."""
     return StepShape(
         decode=len(output.decode),
         tiles=sum(-(-chunk.num_tokens // tile) for chunk in output.prefill),
-        rank=sum(adapter.largest_rank for adapter in adapters.values()),
+        rank=sum_of_ranks,
     )
 
 
@@ -107,7 +65,8 @@ def first_rows(output: SchedulerOutput, num_decode: int, tile: int) -> list[int]
 
 def pack_step(
     output: SchedulerOutput,
-    adapters: Mapping[int, ResidentAdapter],
+    adapters: AdapterTables,
+    versions: Sequence[int],
     shape: StepShape,
     sampled_rows: Mapping[str, int],
     *,
@@ -115,15 +74,11 @@ def pack_step(
     page_size: int,
     table_width: int,
     max_num_seqs: int,
-    num_layers: int,
-    partition: AdapterPartition,
-    groups: tuple[tuple[str, ...], ...],
 ) -> ForwardBatch:
     """Fill a step's arrays; everything beyond the real tokens points at the null page.
 
-    ``adapters``: those of the step, by version. ``sampled_rows``: request id → row among the tokens
-    that the step before samples. ``table_width`` is the most pages one request can have; ``groups``
-    are those that an adapter of the step may have.
+    ``versions``: ``versions_of`` the step. ``sampled_rows``: request id → row among the tokens that
+    the step before samples. ``table_width`` is the most pages one request can have.
     """
     chunks = (*output.decode, *output.prefill)
     rows = first_rows(output, shape.decode, tile)
@@ -142,7 +97,7 @@ def pack_step(
     start = np.array([chunk.start for chunk in chunks], np.int32)
     length = np.array([chunk.num_tokens for chunk in chunks], np.int32)
     pages = _page_tables([chunk.request for chunk in chunks], table_width)
-    index_of_version = {version: index for index, version in enumerate((0, *adapters))}
+    index_of_version = {version: index for index, version in enumerate(versions)}
     index = np.array([index_of_version[c.request.adapter_version] for c in chunks], np.int32)
 
     # Of each token: its chunk, where it is in that, and its row.
@@ -166,14 +121,8 @@ def pack_step(
     page_table[shape.decode : shape.decode + len(tables)] = tables
     lora = None
     if shape.rank:
-        lora = _pack_lora(
-            list(adapters.values()),
-            adapter_index,
-            shape.rank,
-            max_num_seqs,
-            num_layers,
-            partition,
-            groups,
+        lora = adapters.pack(
+            versions, adapter_index, rank_bucket=shape.rank, most_adapters=max_num_seqs
         )
     return ForwardBatch(
         token_ids=token_ids,
@@ -195,56 +144,6 @@ def _page_tables(requests: Sequence[Request], width: int) -> np.ndarray:
     size = 4 * width
     rows = [request.pages.tobytes().ljust(size, b"\0") for request in requests]
     return np.frombuffer(b"".join(rows), np.int32).reshape(-1, width)
-
-
-def _pack_lora(
-    adapters: Sequence[ResidentAdapter],
-    adapter_index: np.ndarray,
-    rank_bucket: int,
-    max_num_seqs: int,
-    num_layers: int,
-    partition: AdapterPartition,
-    groups: tuple[tuple[str, ...], ...],
-) -> StepLora:
-    """The step's adapter tables; row 0 is the base, of rank 0."""
-    num_rows, num_pages = lora_bucket_sizes(rank_bucket, partition)
-    num_rows = min(num_rows, max_num_seqs + 1)
-    num_stages, num_targets = len(partition.stages), len(TARGETS)
-    tables = np.zeros((num_stages, 3, num_rows, num_targets), np.int32)
-    # Of several stages the last one scales.
-    scaling = np.zeros((num_stages, num_layers, num_rows, num_targets), np.float32)
-    scaling[:-1] = 1
-    pages = np.zeros(num_pages, np.int32)
-    page_start = np.zeros(num_rows, np.int32)
-    if adapters:
-        here = slice(1, 1 + len(adapters))
-        stages = _joined([adapter.stages for adapter in adapters])
-        tables[:, :, here] = np.moveaxis(stages, 0, 2)
-        scaling[-1, :, here] = _joined([adapter.scaling for adapter in adapters]).swapaxes(0, 1)
-        page_ids = _joined([adapter.page_ids for adapter in adapters])
-        pages[: len(page_ids)] = page_ids
-        counts = np.array([len(adapter.page_ids) for adapter in adapters], np.int32)
-        page_start[here] = np.cumsum(counts) - counts
-    batches = tuple(
-        LoraBatch(
-            adapter_index=adapter_index,
-            pages=pages,
-            page_start=page_start,
-            rank=tables[stage, 0],
-            a_row=tables[stage, 1],
-            b_row=tables[stage, 2],
-            scaling=scaling[stage],
-            rank_bucket=rank_bucket,
-        )
-        for stage in range(num_stages)
-    )
-    return StepLora(stages=batches, groups=groups)
-
-
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """The same as ``np.concatenate``, of contiguous arrays, in a third of the time."""
-    joined = np.frombuffer(b"".join(arrays), arrays[0].dtype)
-    return joined.reshape(-1, *arrays[0].shape[1:])
 
 
 def pack_sampling(

@@ -18,7 +18,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.dispatch import PLATFORMS
-from pallas_kernels.layout import GROUPS
 from slora_jax.adapter_cache import SwapIn
+from slora_jax.adapter_store import BASE_VERSION
+from slora_jax.adapter_tables import AdapterTables
 from slora_jax.batch import ForwardBatch
 from slora_jax.forward_programs import (
     SAME,
@@ -39,14 +40,12 @@ from slora_jax.forward_programs import (
     over_leaves,
 )
 from slora_jax.input_packing import (
-    ResidentAdapter,
     StepShape,
-    adapters_of,
     first_rows,
-    groups_of,
     needed_shape,
     pack_sampling,
     pack_step,
+    versions_of,
 )
 from slora_jax.models.llama import Llama, PoolView
 from slora_jax.page_pool import Pool, allocate_pool, swap_in
@@ -314,8 +313,9 @@ class ModelRunner:
         )
         self.pool: Pool = self._allocate_pool()
         self._table_width = -(-max_model_len // view.kv.page_size)
-        self._adapters: dict[int, ResidentAdapter] = {}
-        self._groups: tuple[tuple[str, ...], ...] = ()  # that any adapter so far has
+        self._adapters = AdapterTables(
+            view.adapters, num_layers=model.config.num_layers, max_adapters=num_pages
+        )
         max_tiles = max_prefill_tokens // prefill_tile
         self._max_tiles = max_tiles
         self._steps = step_buckets(view.kernels, max_num_seqs, max_tiles, prefill_tile)
@@ -352,11 +352,6 @@ class ModelRunner:
         """Programs compiled so far."""
         return self._forward.num_compiles() + len(self._sample) + count_compiles(self._score)
 
-    def _expect_groups(self, ranks: Sequence[int] | np.ndarray) -> None:
-        """Steps to come may have an adapter of ``ranks``."""
-        new = groups_of(ranks)
-        self._groups = tuple(g for g in GROUPS if g in self._groups or g in new)
-
     def warm_up(self, ranks: Sequence[Sequence[int]]) -> None:
         """Compile, in parallel, for any step of greedy requests of adapters of these ``ranks``, one
         for each target.
@@ -364,7 +359,7 @@ class ModelRunner:
         largest = sorted((max(of_adapter) for of_adapter in ranks), reverse=True)
         rank = sum(largest[: self.max_num_seqs])
         for of_adapter in ranks:
-            self._expect_groups(of_adapter)
+            self._adapters.expect(of_adapter)
         ending = jax.ShapeDtypeStruct(
             (self.max_num_seqs, self._hidden_size),
             self.pool[0].dtype,
@@ -378,7 +373,7 @@ class ModelRunner:
         with concurrent.futures.ThreadPoolExecutor() as threads:
             pending = []
             for shape in sorted(shapes, reverse=True):
-                batch = pack(self._pack(SchedulerOutput(), {}, StepShape(*shape)))
+                batch = pack(self._pack(SchedulerOutput(), [BASE_VERSION], StepShape(*shape)))
                 lowered = self._forward.lower(self.pool, self._sampled, batch)
                 pending.append(threads.submit(lowered))
             for size in sizes:
@@ -392,24 +387,23 @@ class ModelRunner:
     def swap_in(self, swap: SwapIn) -> None:
         """Copy an adapter's pages from CPU memory into the pool; later steps see it."""
         self.pool = swap_in(self.pool, swap.pages, swap.packed.pages)
-        resident = ResidentAdapter.place(swap.packed, swap.pages, self.view.adapters)
-        self._adapters[swap.version] = resident
-        self._expect_groups(resident.ranks)
+        self._adapters.place(swap.version, swap.packed, swap.pages)
 
     def forget(self, version: int) -> None:
         """The adapter has left the pool."""
-        self._adapters.pop(version, None)
+        self._adapters.forget(version)
 
     def launch(self, output: SchedulerOutput) -> LaunchedStep:
         """Start one step. Tokens in flight may be those of the step launched before, and no older
         ones.
         """
-        adapters = adapters_of(output, self._adapters)
-        shape = StepShape(*self._steps.choose(needed_shape(output, adapters, self.prefill_tile)))
-        batch = pack(self._pack(output, adapters, shape))
+        versions = versions_of(output)
+        need = needed_shape(output, self._adapters.sum_of_ranks(versions), self.prefill_tile)
+        shape = StepShape(*self._steps.choose(need))
+        batch = pack(self._pack(output, versions, shape))
         hidden, self.pool = self._forward(self.pool, self._sampled, batch)
         chunks = (*output.decode, *output.prefill)
-        self._count(chunks, adapters, shape)
+        self._count(chunks, versions, shape)
         rows = first_rows(output, shape.decode, self.prefill_tile)
         prompt_scores = self._score_prompts(hidden.all, chunks, rows)
         ending = tuple([chunk.request for chunk in chunks if chunk.is_last])
@@ -418,34 +412,27 @@ class ModelRunner:
         launched.start_reading()
         return launched
 
-    def _count(
-        self, chunks: Sequence[Chunk], adapters: Mapping[int, ResidentAdapter], shape: StepShape
-    ) -> None:
+    def _count(self, chunks: Sequence[Chunk], versions: Sequence[int], shape: StepShape) -> None:
         self.num_tokens += sum([chunk.num_tokens for chunk in chunks])
         self.num_token_rows += shape.decode + shape.tiles * self.prefill_tile
         # KV counts by the token, adapters by the page.
         kv_pages = sum([c.start + c.num_tokens for c in chunks]) / self.view.kv.page_size
-        adapter_pages = sum([len(adapter.page_ids) for adapter in adapters.values()])
-        self.num_bytes += self._weight_bytes + int(self._page_bytes * (kv_pages + adapter_pages))
+        pages = kv_pages + self._adapters.num_pages(versions)
+        self.num_bytes += self._weight_bytes + int(self._page_bytes * pages)
 
     def _pack(
-        self,
-        output: SchedulerOutput,
-        adapters: Mapping[int, ResidentAdapter],
-        shape: StepShape,
+        self, output: SchedulerOutput, versions: Sequence[int], shape: StepShape
     ) -> ForwardBatch:
         return pack_step(
             output,
-            adapters,
+            self._adapters,
+            versions,
             shape,
             self._sampled_rows,
             tile=self.prefill_tile,
             page_size=self.view.kv.page_size,
             table_width=self._table_width,
             max_num_seqs=self.max_num_seqs,
-            num_layers=len(self.pool),
-            partition=self.view.adapters,
-            groups=self._groups,
         )
 
     def _sample_next(self, ending: jax.Array, requests: Sequence[Request]) -> TokenLogprobs | None:

@@ -6,6 +6,7 @@ has to break an engine gets one of its own (``scratch``).
 """
 
 import contextlib
+import copy
 import dataclasses
 import gc
 import json
@@ -118,7 +119,7 @@ def llm(served: Served) -> Iterator[LLM]:
 def scratch(served: Served) -> Iterator[LLM]:
     """The same LLM with an engine of its own, which the test may break."""
     runner = served.llm._engine._runner
-    pool, resident = tuple(map(jnp.copy, runner.pool)), dict(runner._adapters)
+    pool, resident = tuple(map(jnp.copy, runner.pool)), copy.deepcopy(runner._adapters)
     close = runner.close
     runner.close = lambda: None  # the weights and the programs are the module's
     try:
