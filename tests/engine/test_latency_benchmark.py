@@ -9,7 +9,6 @@ from workloads import SETTINGS
 
 from checkpoints.synthetic import write_synthetic_llama
 
-
 pytestmark = pytest.mark.slow
 
 
