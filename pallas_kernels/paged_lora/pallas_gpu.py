@@ -378,15 +378,15 @@ def _decode(
                 tokens=tuple(segments[segment, TOKENS + t] for t in range(size)),
             )
 
-        def each_item(step):
+        def each_item(step, carry):
             """``step(turn, item, carry)`` for the program's items; returns the last carry."""
 
-            def one(turn, carry):
-                item, carry = carry
+            def one(turn, state):
+                item, carry = state
                 following = read_item(turn + 1)
                 return following, step(turn, item, carry)
 
-            return lax.fori_loop(0, rounds, one, (read_item(jnp.int32(0)), jnp.int32(0)))[1]
+            return lax.fori_loop(0, rounds, one, (read_item(jnp.int32(0)), carry))[1]
 
         def each_token(item, step):
             for t in range(size):
@@ -438,13 +438,18 @@ def _decode(
 
                 return sent + 1
 
-            def copy_item(turn, item, sent):
+            def copy_item(turn, item, carry):
+                sent, given = carry  # chunks; items with tokens
                 classes = lax.div(item.rank, WINDOW)
                 a_chunks, b_chunks = _ceil_div(item.a_rows, CHUNK), _ceil_div(item.b_rows, CHUNK)
                 first_b = item.first_window * classes
                 end_b = jnp.minimum(item.end_window * classes, b_chunks)
 
-                @pl.when(turn > 0)
+                # The consumer passes items without tokens at once: did it free xs for them too, it
+                # might do so twice before this has waited once.
+                has_tokens = item.count > 0
+
+                @pl.when(has_tokens & (given > 0))
                 def _():
                     plgpu.barrier_wait(x_empty)
 
@@ -469,9 +474,10 @@ def _decode(
                 def copy_b(chunk, sent):
                     return copy_chunk(item, item.b_row, item.b_rows, chunk, sent)
 
-                return lax.fori_loop(first_b, end_b, copy_b, sent)
+                sent = lax.fori_loop(first_b, end_b, copy_b, sent)
+                return sent, given + has_tokens.astype(jnp.int32)
 
-            sent = each_item(copy_item)
+            sent, given = each_item(copy_item, (jnp.int32(0), jnp.int32(0)))
 
             def drain(k, carry):
                 plgpu.barrier_wait(empty.at[lax.rem(k, stages)])
@@ -479,7 +485,7 @@ def _decode(
 
             lax.fori_loop(jnp.maximum(sent - stages, 0), sent, drain, None)
 
-            @pl.when(rounds > 0)
+            @pl.when(given > 0)
             def _():
                 plgpu.barrier_wait(x_empty)
 
@@ -553,7 +559,7 @@ def _decode(
                     return taken + num_windows
 
                 taken = lax.fori_loop(0, jnp.minimum(classes, a_chunks), shrink_class, taken)
-                plgpu.barrier_arrive(x_empty)
+                pl.when(item.count > 0)(lambda: plgpu.barrier_arrive(x_empty))
 
                 # The sums lie at FRONT + i, i < rank + 64, those of one rank `rank` apart. h gets
                 # their totals with that period, so that a chunk finds its ranks in one piece.
@@ -634,7 +640,7 @@ def _decode(
 
                 return lax.fori_loop(item.first_window, item.end_window, expand_window, taken)
 
-            each_item(compute_item)
+            each_item(compute_item, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     tiles = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
