@@ -277,8 +277,8 @@ class LayeredForward:
 
 def _receive(packed: Packed, sampled: jax.Array) -> ForwardBatch:
     """The batch, with the tokens that never left the device in their places."""
-    # A copy, so that one kernel alone reads what comes at another address in each step: a CUDA
-    # graph takes about 10 us of the host's time for each kernel whose addresses change.
+    # A copy, so that one kernel alone reads what comes at another address in each step: the host
+    # must update a CUDA graph for each kernel whose addresses change (not timed by itself).
     words = jax.lax.optimization_barrier(jnp.concatenate([packed.words, sampled]))
     batch: ForwardBatch = unpack(dataclasses.replace(packed, words=words))
     row, num_decode = batch.sampled_row, batch.attention.num_decode
