@@ -61,12 +61,18 @@ SHARED_BYTES = 224 * 1024
 FRONT = 64
 """Zeros before a segment's sums, so that shifted reads need no mask."""
 
-SUMS = 512
+SUMS = 448
 """Rows of sums, one for each rank, block of a chunk and shift: FRONT + MAX_RANK + 127, rounded
 up."""
 
-KEPT = 4
-"""Classes of H that stay in shared memory between windows: all that ranks up to 32 have."""
+TOTALS = 320
+"""Rows of h: MAX_RANK + 56, rounded up."""
+
+KEPT = 8
+"""Most classes of H that stay in shared memory between windows: all that ranks up to 64 have."""
+
+DECODE_TOKENS = 256
+"""Steps of so many tokens have segments of few tokens: more of the pool is on its way at once."""
 
 WGMMA = getattr(plgpu, "Layout", None) and plgpu.Layout.WGMMA
 
@@ -137,7 +143,8 @@ def prepare(batch: LoraBatch, layout: AdapterLayout) -> Plan:
     adapters = jnp.concatenate(
         [batch.rank, batch.a_row, batch.b_row, batch.page_start[:, None]], axis=1
     )
-    sizes = {group: segment_tokens(layout, group) for group in GROUPS}
+    tokens = batch.adapter_index.shape[0]
+    sizes = {group: segment_tokens(layout, group, tokens) for group in GROUPS}
     tables = {size: _segments(batch, adapters, size) for size in set(sizes.values())}
     segments, counts = zip(*(tables[sizes[group]] for group in GROUPS), strict=True)
     return Plan(segments, counts, batch.pages, batch.scaling)
@@ -174,10 +181,12 @@ def _segments(batch: LoraBatch, adapters: jax.Array, size: int) -> tuple[jax.Arr
     ).reshape(1)
 
 
-def segment_tokens(layout: AdapterLayout, group: tuple[str, ...]) -> int:
-    """Most tokens of a segment: as many as 64 KiB of their inputs hold, up to 8."""
+def segment_tokens(layout: AdapterLayout, group: tuple[str, ...], tokens: int) -> int:
+    """Most tokens of a segment, in a step of ``tokens``: as many as fit 64 KiB with their inputs,
+    up to 8, or half of that in steps of decode."""
     token = windows(layout.in_features[TARGETS.index(group[0])]) * WINDOW * LANES * 2
-    return next(size for size in (8, 4, 2, 1) if size * token <= 64 * 1024 or size == 1)
+    room = 32 * 1024 if tokens <= DECODE_TOKENS else 64 * 1024
+    return next(size for size in (8, 4, 2, 1) if size * token <= room or size == 1)
 
 
 def windows(features: int) -> int:
@@ -330,9 +339,9 @@ def _decode(
     num_items = segments.shape[0] * len(out_blocks)
     parts = max(min(PROGRAMS // num_items, -(-max(out_blocks) // WINDOW)), 1)
     programs = min(PROGRAMS, num_items * parts)
-    used = 2 * (
-        x_windows * columns * LANES + KEPT * CHUNK * CHUNK + CHUNK * LANES + 4 * WINDOW * SUMS
-    )
+    kept = min(KEPT, 32 // size)
+    used = 2 * columns * (x_windows * LANES + kept * CHUNK + 2 * LANES)
+    used += 4 * WINDOW * (SUMS + TOTALS)
     stages = min(12, (SHARED_BYTES - used) // (CHUNK * LANES * 2))
     ragged = any(n % WINDOW for n in out_blocks)
     aligned = not any(place % WINDOW for place in places)  # tiles of ys must fall on y's
@@ -388,8 +397,8 @@ def _decode(
 
             return lax.fori_loop(0, rounds, one, (read_item(jnp.int32(0)), carry))[1]
 
-        def each_token(item, step):
-            for t in range(size):
+        def each_token(item, room, step):
+            for t in range(room):
                 pl.when(t < item.count)(functools.partial(step, t))
 
         @pl.when(lax.axis_index("warpgroup") == 1)
@@ -461,7 +470,7 @@ def _decode(
                             x_full.at[t],
                         )
 
-                each_token(item, copy_token)
+                each_token(item, size, copy_token)
 
                 def copy_class(k, sent):
                     def copy_window(w, sent):
@@ -528,38 +537,44 @@ def _decode(
                 plgpu.barrier_arrive(empty.at[lax.rem(taken + num_chunks - 1, stages)])
                 return acc[...]
 
-            def compute_item(turn, item, taken):
+            def sum_products(shape, num_chunks, taken, operands):
+                return pl.run_scoped(
+                    lambda acc: multiply(acc, num_chunks, taken, operands),
+                    plgpu.ACC(shape, jnp.float32),
+                )
+
+            def compute(item, taken, room):
+                """The term of an item of up to ``room`` tokens, whose chunks start at ``taken``."""
                 rank, classes = item.rank, lax.div(item.rank, WINDOW)
                 a_chunks, b_chunks = _ceil_div(item.a_rows, CHUNK), _ceil_div(item.b_rows, CHUNK)
 
                 sums[...] = jnp.zeros((SUMS, WINDOW), jnp.float32)
-                each_token(item, lambda t: plgpu.barrier_wait(x_full.at[t]))
+                each_token(item, room, lambda t: plgpu.barrier_wait(x_full.at[t]))
 
                 def shrink_class(k, taken):
                     num_windows = _ceil_div(a_chunks - k, classes)
-
-                    def products(acc):
-                        return multiply(
-                            acc,
-                            num_windows,
-                            taken,
-                            lambda w, slot: (ring.at[slot], xs.at[w].transpose((1, 0))),
-                        )
-
-                    z = pl.run_scoped(products, plgpu.ACC((CHUNK, columns), jnp.float32))
+                    z = sum_products(
+                        (CHUNK, room * WINDOW),
+                        num_windows,
+                        taken,
+                        lambda w, slot: (
+                            ring.at[slot],
+                            xs.at[w, pl.ds(0, room * WINDOW)].transpose((1, 0)),
+                        ),
+                    )
                     mine = own(rank, k)
                     at = FRONT + lax.rem(k * CHUNK, rank)
-
                     terms = jnp.zeros((CHUNK, WINDOW), jnp.float32)
-                    for t in range(size):
+                    for t in range(room):
                         of_token = z[:, t * WINDOW : (t + 1) * WINDOW]
                         term = over_columns(jnp.where(mine, of_token, 0.0))
-                        terms = jnp.where(column == t, term, terms)
+                        # One token has all columns.
+                        terms = term if room == 1 else jnp.where(column == t, term, terms)
                     sums[pl.ds(at, CHUNK)] = load(sums, at) + terms
                     return taken + num_windows
 
                 taken = lax.fori_loop(0, jnp.minimum(classes, a_chunks), shrink_class, taken)
-                pl.when(item.count > 0)(lambda: plgpu.barrier_arrive(x_empty))
+                plgpu.barrier_arrive(x_empty)
 
                 # The sums lie at FRONT + i, i < rank + 64, those of one rank `rank` apart. h gets
                 # their totals with that period, so that a chunk finds its ranks in one piece.
@@ -574,15 +589,17 @@ def _decode(
                     start = FRONT + first - below * rank
 
                     def add(m, total):
-                        at = start + 2 * m * rank
-                        # A last one too many reads zeros.
-                        beside = jnp.minimum(at + rank, SUMS - CHUNK)
-                        return total + (load(sums, at) + load(sums, beside))
+                        # Those too many read zeros.
+                        four = [
+                            load(sums, jnp.minimum(start + (4 * m + n) * rank, SUMS - CHUNK))
+                            for n in range(4)
+                        ]
+                        return total + ((four[0] + four[1]) + (four[2] + four[3]))
 
                     nothing = jnp.zeros((CHUNK, WINDOW), jnp.float32)
                     h[pl.ds(first, CHUNK)] = lax.fori_loop(
                         0,
-                        _ceil_div(below + above + 1, 2),
+                        _ceil_div(below + above + 1, 4),
                         add,
                         plgpu.layout_cast(nothing, WGMMA),
                     )
@@ -591,54 +608,70 @@ def _decode(
                 lax.fori_loop(0, pieces, total, None)
 
                 def spread(k):
-                    """Class k of H, [64 rows, token and block], into its place."""
+                    """Class k of H, [64 rows, token and block], into its place, transposed."""
                     ranks, mine = load(h, lax.rem(k * CHUNK, rank)), own(rank, k)
                     parts = []
-                    for t in range(size):
-                        of_token = over_columns(jnp.where(column == t, ranks, 0.0))
+                    for t in range(room):
+                        of_token = ranks
+                        if room > 1:
+                            of_token = over_columns(jnp.where(column == t, ranks, 0.0))
                         parts.append(jnp.where(mine, of_token, 0.0).astype(dtype))
-                    parts += [jnp.zeros_like(parts[0])] * (CHUNK // WINDOW - size)
-                    hs[lax.rem(k, KEPT)] = jnp.concatenate(parts, axis=1)
+                    place = hs.at[lax.rem(k, kept), pl.ds(0, room * WINDOW)]
+                    place.transpose((1, 0))[...] = jnp.concatenate(parts, axis=1)
 
                 def spread_kept(k, carry):
                     spread(k)
                     return carry
 
-                lax.fori_loop(0, jnp.where(classes > KEPT, 0, classes), spread_kept, None)
+                lax.fori_loop(0, jnp.where(classes > kept, 0, classes), spread_kept, None)
                 plgpu.commit_smem()
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 def expand_window(w, taken):
                     num_chunks = jnp.minimum(classes, b_chunks - w * classes)
 
                     def operands(k, slot):
-                        @pl.when(classes > KEPT)
+                        @pl.when(classes > kept)
                         def _():
                             spread(k)
                             plgpu.commit_smem()
 
-                        return hs.at[lax.rem(k, KEPT)].transpose((1, 0)), ring.at[slot]
+                        of_class = hs.at[lax.rem(k, kept), pl.ds(0, room * WINDOW)]
+                        return ring.at[slot].transpose((1, 0)), of_class.transpose((1, 0))
 
-                    def products(acc):
-                        return multiply(acc, num_chunks, taken, operands)
-
-                    delta = pl.run_scoped(products, plgpu.ACC((CHUNK, LANES), jnp.float32))
+                    delta = sum_products((LANES, room * WINDOW), num_chunks, taken, operands)
                     delta = delta * item.scale
                     left = _pick(out_blocks, item.target) - w * WINDOW
                     if ragged:
-                        of_row = plgpu.broadcasted_iota(jnp.int32, (CHUNK, LANES), 0, layout=WGMMA)
-                        delta = jnp.where(lax.rem(of_row, WINDOW) < left, delta, 0.0)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    ys[...] = delta.astype(dtype)
+                        block = plgpu.broadcasted_iota(
+                            jnp.int32, (LANES, room * WINDOW), 1, layout=WGMMA
+                        )
+                        delta = jnp.where(lax.rem(block, WINDOW) < left, delta, 0.0)
+                    # One token's windows take turns of two places, its copies one group each.
+                    plgpu.wait_smem_to_gmem(1 if room == 1 else 0, wait_read_only=True)
+                    staged = ys.at[lax.rem(w, 2), pl.ds(0, room * WINDOW)]
+                    staged.transpose((1, 0))[...] = delta.astype(dtype)
                     plgpu.commit_smem()
                     at = _pick(places, item.target) + w * WINDOW
 
                     def write(t):
-                        _add(ys.at[pl.ds(t * WINDOW, WINDOW)], y, item.tokens[t], at, left)
+                        own = ys.at[lax.rem(w, 2), pl.ds(t * WINDOW, WINDOW)]
+                        _add(own, y, item.tokens[t], at, left)
 
-                    each_token(item, write)
+                    each_token(item, room, write)
                     return taken + num_chunks
 
-                return lax.fori_loop(item.first_window, item.end_window, expand_window, taken)
+                lax.fori_loop(item.first_window, item.end_window, expand_window, taken)
+
+            def compute_item(turn, item, taken):
+                classes = lax.div(item.rank, WINDOW)
+                a_chunks, b_chunks = _ceil_div(item.a_rows, CHUNK), _ceil_div(item.b_rows, CHUNK)
+                first_b = item.first_window * classes
+                end_b = jnp.minimum(item.end_window * classes, b_chunks)
+                pl.when(item.count == 1)(lambda: compute(item, taken, 1))
+                if size > 1:
+                    pl.when(item.count > 1)(lambda: compute(item, taken, size))
+                return taken + a_chunks + jnp.maximum(end_b - first_b, 0)
 
             each_item(compute_item, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -654,10 +687,10 @@ def _decode(
         scratch_types=[
             plgpu.SMEM((stages, CHUNK, LANES), dtype, transforms=tiles),
             plgpu.SMEM((x_windows, columns, LANES), dtype, transforms=tiles),
-            plgpu.SMEM((KEPT, CHUNK, CHUNK), dtype, transforms=tiles),
-            plgpu.SMEM((CHUNK, LANES), dtype, transforms=tiles if aligned else ()),
+            plgpu.SMEM((kept, columns, CHUNK), dtype, transforms=tiles),
+            plgpu.SMEM((2, columns, LANES), dtype, transforms=tiles if aligned else ()),
             plgpu.SMEM((SUMS, WINDOW), jnp.float32),
-            plgpu.SMEM((SUMS, WINDOW), jnp.float32),
+            plgpu.SMEM((TOTALS, WINDOW), jnp.float32),
             plgpu.Barrier(num_arrivals=BOXES, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=x_windows, num_barriers=size),

@@ -64,6 +64,10 @@ STEPS = {
 }
 
 
+# Inputs wide enough for segments of fewer tokens in decode than in prefill.
+TALL = {**WIDE, "in_features": (2560,) * 6 + (640,)}
+
+
 def case_of(rng, step, dtype):
     ranks, index, features, rows_per_page = STEPS[step]
     return make_case(rng, ranks, index, features=features, rows_per_page=rows_per_page, dtype=dtype)
@@ -82,13 +86,14 @@ def bits_of_one_token(others, garbage):
     same."""
     rng = np.random.default_rng([others, 3])
     dtype = dtype_of("bfloat16")
-    index = np.array([[2, 2, 1], [1] * 9, [2, 1, 0, 2, 1, 2, 1]][others])
+    # The last step is too large for the segments of decode.
+    index = np.array([[2, 2, 1], [1] * 9, [2, 1, 0, 2, 1, 2, 1], [0] * 297 + [2, 1, 1]][others])
     row = int(np.flatnonzero(np.asarray(index) == 1)[-1])
     case = make_case(
         rng,
         uniform(16, 40),
         index,
-        features=WIDE,
+        features=TALL,
         rows_per_page=64,
         dtype=dtype,
         fixed={0: np.random.default_rng(99)},
@@ -106,7 +111,7 @@ def bits_of_one_token(others, garbage):
 @interpreted_only
 def test_a_row_does_not_depend_on_the_others(interpreted):
     alone = bits_of_one_token(0, garbage=False)
-    for others, garbage in ((0, True), (1, False), (2, True)):
+    for others, garbage in ((0, True), (1, False), (2, True), (3, False)):
         np.testing.assert_array_equal(bits_of_one_token(others, garbage), alone)
 
 
@@ -142,7 +147,7 @@ def test_many_tokens_on_the_gpu(rows_per_page):
 @pytest.mark.gpu
 def test_bits_on_the_gpu():
     alone = bits_of_one_token(0, garbage=False)
-    for others, garbage in ((0, True), (1, False), (2, True)):
+    for others, garbage in ((0, True), (1, False), (2, True), (3, False)):
         np.testing.assert_array_equal(bits_of_one_token(others, garbage), alone)
 
 
