@@ -87,7 +87,8 @@ def difference(ours: Sequence[Answer], theirs: Sequence[Answer]) -> str:
     if early:
         where = f", the others from token {min(early)} on (median {statistics.median(early):g})"
     equal = f"{len(parted) - len(early)} of {len(parted)} equal in all {length} tokens"
-    return f"{equal}{where}; prompts' log-probabilities differ by {error.mean():.5f} (mean), {error.max():.5f} (most)"
+    errors = f"by {error.mean():.5f} (mean), {error.max():.5f} (most)"
+    return f"{equal}{where}; prompts' log-probabilities differ {errors}"
 
 
 if __name__ == "__main__":
