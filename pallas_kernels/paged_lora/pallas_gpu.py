@@ -68,11 +68,8 @@ up."""
 TOTALS = 320
 """Rows of h: MAX_RANK + 56, rounded up."""
 
-KEPT = 8
-"""Most classes of H that stay in shared memory between windows: all that ranks up to 64 have."""
-
 DECODE_TOKENS = 256
-"""Steps of so many tokens have segments of few tokens: more of the pool is on its way at once."""
+"""Steps of more tokens keep more of H; in others more of the pool is on its way at once."""
 
 WGMMA = getattr(plgpu, "Layout", None) and plgpu.Layout.WGMMA
 
@@ -143,8 +140,7 @@ def prepare(batch: LoraBatch, layout: AdapterLayout) -> Plan:
     adapters = jnp.concatenate(
         [batch.rank, batch.a_row, batch.b_row, batch.page_start[:, None]], axis=1
     )
-    tokens = batch.adapter_index.shape[0]
-    sizes = {group: segment_tokens(layout, group, tokens) for group in GROUPS}
+    sizes = {group: segment_tokens(layout, group) for group in GROUPS}
     tables = {size: _segments(batch, adapters, size) for size in set(sizes.values())}
     segments, counts = zip(*(tables[sizes[group]] for group in GROUPS), strict=True)
     return Plan(segments, counts, batch.pages, batch.scaling)
@@ -181,12 +177,10 @@ def _segments(batch: LoraBatch, adapters: jax.Array, size: int) -> tuple[jax.Arr
     ).reshape(1)
 
 
-def segment_tokens(layout: AdapterLayout, group: tuple[str, ...], tokens: int) -> int:
-    """Most tokens of a segment, in a step of ``tokens``: as many as fit 64 KiB with their inputs,
-    up to 8, or half of that in steps of decode."""
+def segment_tokens(layout: AdapterLayout, group: tuple[str, ...]) -> int:
+    """Most tokens of a segment: as many as 64 KiB of their inputs hold, up to 8."""
     token = windows(layout.in_features[TARGETS.index(group[0])]) * WINDOW * LANES * 2
-    room = 32 * 1024 if tokens <= DECODE_TOKENS else 64 * 1024
-    return next(size for size in (8, 4, 2, 1) if size * token <= room or size == 1)
+    return next(size for size in (8, 4, 2, 1) if size * token <= 64 * 1024 or size == 1)
 
 
 def windows(features: int) -> int:
@@ -339,8 +333,10 @@ def _decode(
     num_items = segments.shape[0] * len(out_blocks)
     parts = max(min(PROGRAMS // num_items, -(-max(out_blocks) // WINDOW)), 1)
     programs = min(PROGRAMS, num_items * parts)
-    kept = min(KEPT, 32 // size)
-    used = 2 * columns * (x_windows * LANES + kept * CHUNK + 2 * LANES)
+    # Classes of H, times tokens, that stay in shared memory between windows.
+    kept = 16 if x.shape[0] <= DECODE_TOKENS else 32
+    places_of_y = max(size, 2)
+    used = 2 * (columns * x_windows * LANES + WINDOW * (kept * CHUNK + places_of_y * LANES))
     used += 4 * WINDOW * (SUMS + TOTALS)
     stages = min(12, (SHARED_BYTES - used) // (CHUNK * LANES * 2))
     ragged = any(n % WINDOW for n in out_blocks)
@@ -547,6 +543,12 @@ def _decode(
                 """The term of an item of up to ``room`` tokens, whose chunks start at ``taken``."""
                 rank, classes = item.rank, lax.div(item.rank, WINDOW)
                 a_chunks, b_chunks = _ceil_div(item.a_rows, CHUNK), _ceil_div(item.b_rows, CHUNK)
+                most = kept // room
+
+                def of_class(k):
+                    """Class k of H, transposed: [token and block, 64 rows]."""
+                    first = lax.rem(k, most) * (room * WINDOW)
+                    return hs.at[pl.ds(pl.multiple_of(first, WINDOW), room * WINDOW)]
 
                 sums[...] = jnp.zeros((SUMS, WINDOW), jnp.float32)
                 each_token(item, room, lambda t: plgpu.barrier_wait(x_full.at[t]))
@@ -616,14 +618,13 @@ def _decode(
                         if room > 1:
                             of_token = over_columns(jnp.where(column == t, ranks, 0.0))
                         parts.append(jnp.where(mine, of_token, 0.0).astype(dtype))
-                    place = hs.at[lax.rem(k, kept), pl.ds(0, room * WINDOW)]
-                    place.transpose((1, 0))[...] = jnp.concatenate(parts, axis=1)
+                    of_class(k).transpose((1, 0))[...] = jnp.concatenate(parts, axis=1)
 
                 def spread_kept(k, carry):
                     spread(k)
                     return carry
 
-                lax.fori_loop(0, jnp.where(classes > kept, 0, classes), spread_kept, None)
+                lax.fori_loop(0, jnp.where(classes > most, 0, classes), spread_kept, None)
                 plgpu.commit_smem()
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -631,13 +632,12 @@ def _decode(
                     num_chunks = jnp.minimum(classes, b_chunks - w * classes)
 
                     def operands(k, slot):
-                        @pl.when(classes > kept)
+                        @pl.when(classes > most)
                         def _():
                             spread(k)
                             plgpu.commit_smem()
 
-                        of_class = hs.at[lax.rem(k, kept), pl.ds(0, room * WINDOW)]
-                        return ring.at[slot].transpose((1, 0)), of_class.transpose((1, 0))
+                        return ring.at[slot].transpose((1, 0)), of_class(k).transpose((1, 0))
 
                     delta = sum_products((LANES, room * WINDOW), num_chunks, taken, operands)
                     delta = delta * item.scale
@@ -649,14 +649,15 @@ def _decode(
                         delta = jnp.where(lax.rem(block, WINDOW) < left, delta, 0.0)
                     # One token's windows take turns of two places, its copies one group each.
                     plgpu.wait_smem_to_gmem(1 if room == 1 else 0, wait_read_only=True)
-                    staged = ys.at[lax.rem(w, 2), pl.ds(0, room * WINDOW)]
+                    first = pl.multiple_of(lax.rem(w, 2) * WINDOW, WINDOW) if room == 1 else 0
+                    staged = ys.at[pl.ds(first, room * WINDOW)]
                     staged.transpose((1, 0))[...] = delta.astype(dtype)
                     plgpu.commit_smem()
                     at = _pick(places, item.target) + w * WINDOW
 
                     def write(t):
-                        own = ys.at[lax.rem(w, 2), pl.ds(t * WINDOW, WINDOW)]
-                        _add(own, y, item.tokens[t], at, left)
+                        staged = ys.at[pl.ds(first + t * WINDOW, WINDOW)]
+                        _add(staged, y, item.tokens[t], at, left)
 
                     each_token(item, room, write)
                     return taken + num_chunks
@@ -668,9 +669,11 @@ def _decode(
                 a_chunks, b_chunks = _ceil_div(item.a_rows, CHUNK), _ceil_div(item.b_rows, CHUNK)
                 first_b = item.first_window * classes
                 end_b = jnp.minimum(item.end_window * classes, b_chunks)
-                pl.when(item.count == 1)(lambda: compute(item, taken, 1))
-                if size > 1:
-                    pl.when(item.count > 1)(lambda: compute(item, taken, size))
+                # Products for 1 token, up to 4, up to 8: few tokens take little of the core's time.
+                rooms = sorted({1, min(size, 4), size})
+                for below, room in zip([0, *rooms], rooms, strict=False):
+                    fits = (below < item.count) & (item.count <= room)
+                    pl.when(fits)(functools.partial(compute, item, taken, room))
                 return taken + a_chunks + jnp.maximum(end_b - first_b, 0)
 
             each_item(compute_item, jnp.int32(0))
@@ -687,8 +690,8 @@ def _decode(
         scratch_types=[
             plgpu.SMEM((stages, CHUNK, LANES), dtype, transforms=tiles),
             plgpu.SMEM((x_windows, columns, LANES), dtype, transforms=tiles),
-            plgpu.SMEM((kept, columns, CHUNK), dtype, transforms=tiles),
-            plgpu.SMEM((2, columns, LANES), dtype, transforms=tiles if aligned else ()),
+            plgpu.SMEM((kept * WINDOW, CHUNK), dtype, transforms=tiles),
+            plgpu.SMEM((places_of_y * WINDOW, LANES), dtype, transforms=tiles if aligned else ()),
             plgpu.SMEM((SUMS, WINDOW), jnp.float32),
             plgpu.SMEM((TOTALS, WINDOW), jnp.float32),
             plgpu.Barrier(num_arrivals=BOXES, num_barriers=stages),

@@ -57,12 +57,10 @@ def test_kernels_score_prompts_as_xla_does(directory):
     by_kernels, tokens = serve(directory, "gpu", lengths, names)
     by_xla, other_tokens = serve(directory, "xla", lengths, names)
     exact, _ = serve(directory, "xla", lengths, names, dtype="float32")
-    # Log-probabilities of -5 to -25; another adapter moves them by whole units.
-    for ours, theirs in zip(by_kernels, exact, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=0.5)
-    ours, theirs, exact = map(np.concatenate, (by_kernels, by_xla, exact))
     # What bfloat16 itself costs is the measure: kernels may not add to it.
-    rounding = np.sqrt(np.mean((theirs - exact) ** 2))
-    assert np.sqrt(np.mean((ours - exact) ** 2)) < 1.1 * rounding
+    ours, theirs, exact = map(np.concatenate, (by_kernels, by_xla, exact))
+    for over, bound in ((np.mean, 1.1), (np.max, 1.5)):
+        rounding = over((theirs - exact) ** 2) ** 0.5
+        assert over((ours - exact) ** 2) ** 0.5 < bound * rounding
     same = [a[:8] == b[:8] for a, b in zip(tokens, other_tokens, strict=True)]
     assert np.mean(same) > 0.8  # bfloat16: near ties may fall either way
