@@ -69,7 +69,8 @@ TOTALS = 320
 """Rows of h: MAX_RANK + 56, rounded up."""
 
 DECODE_TOKENS = 256
-"""Steps of more tokens keep more of H; in others more of the pool is on its way at once."""
+"""Steps of more tokens have larger segments and keep more of H; in others more of the pool is on
+its way at once."""
 
 WGMMA = getattr(plgpu, "Layout", None) and plgpu.Layout.WGMMA
 
@@ -140,7 +141,8 @@ def prepare(batch: LoraBatch, layout: AdapterLayout) -> Plan:
     adapters = jnp.concatenate(
         [batch.rank, batch.a_row, batch.b_row, batch.page_start[:, None]], axis=1
     )
-    sizes = {group: segment_tokens(layout, group) for group in GROUPS}
+    tokens = batch.adapter_index.shape[0]
+    sizes = {group: segment_tokens(layout, group, tokens) for group in GROUPS}
     tables = {size: _segments(batch, adapters, size) for size in set(sizes.values())}
     segments, counts = zip(*(tables[sizes[group]] for group in GROUPS), strict=True)
     return Plan(segments, counts, batch.pages, batch.scaling)
@@ -177,10 +179,12 @@ def _segments(batch: LoraBatch, adapters: jax.Array, size: int) -> tuple[jax.Arr
     ).reshape(1)
 
 
-def segment_tokens(layout: AdapterLayout, group: tuple[str, ...]) -> int:
-    """Most tokens of a segment: as many as 64 KiB of their inputs hold, up to 8."""
+def segment_tokens(layout: AdapterLayout, group: tuple[str, ...], tokens: int) -> int:
+    """Most tokens of a segment, in a step of ``tokens``: as many as 64 KiB of their inputs hold,
+    up to 8; in steps of decode an eighth less, for more of the pool to be on its way."""
     token = windows(layout.in_features[TARGETS.index(group[0])]) * WINDOW * LANES * 2
-    return next(size for size in (8, 4, 2, 1) if size * token <= 64 * 1024 or size == 1)
+    most = 7 if tokens <= DECODE_TOKENS else 8
+    return max(1, min(most, most * 8 * 1024 // token))
 
 
 def windows(features: int) -> int:
@@ -303,7 +307,9 @@ def _add(staged: Any, y: Any, token: Any, block: Any, real: Any) -> None:
     Blocks after the ``real`` ones are zeros, and harm nobody: each addition is atomic.
     """
     del real
-    plgpu.copy_smem_to_gmem(staged, y.at[token, pl.ds(block, WINDOW)], reduction_op="add")
+    plgpu.copy_smem_to_gmem(
+        staged, y.at[token, pl.ds(block, WINDOW)], commit_group=False, reduction_op="add"
+    )
 
 
 def _decode(
@@ -335,8 +341,7 @@ def _decode(
     programs = min(PROGRAMS, num_items * parts)
     # Classes of H, times tokens, that stay in shared memory between windows.
     kept = 16 if x.shape[0] <= DECODE_TOKENS else 32
-    places_of_y = max(size, 2)
-    used = 2 * (columns * x_windows * LANES + WINDOW * (kept * CHUNK + places_of_y * LANES))
+    used = 2 * (columns * (x_windows + 2) * LANES + kept * WINDOW * CHUNK)
     used += 4 * WINDOW * (SUMS + TOTALS)
     stages = min(12, (SHARED_BYTES - used) // (CHUNK * LANES * 2))
     ragged = any(n % WINDOW for n in out_blocks)
@@ -647,9 +652,8 @@ def _decode(
                             jnp.int32, (LANES, room * WINDOW), 1, layout=WGMMA
                         )
                         delta = jnp.where(lax.rem(block, WINDOW) < left, delta, 0.0)
-                    # One token's windows take turns of two places, its copies one group each.
-                    plgpu.wait_smem_to_gmem(1 if room == 1 else 0, wait_read_only=True)
-                    first = pl.multiple_of(lax.rem(w, 2) * WINDOW, WINDOW) if room == 1 else 0
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # two places take turns
+                    first = pl.multiple_of(lax.rem(w, 2) * (room * WINDOW), WINDOW)
                     staged = ys.at[pl.ds(first, room * WINDOW)]
                     staged.transpose((1, 0))[...] = delta.astype(dtype)
                     plgpu.commit_smem()
@@ -660,6 +664,7 @@ def _decode(
                         _add(staged, y, item.tokens[t], at, left)
 
                     each_token(item, room, write)
+                    plgpu.commit_smem_to_gmem_group()
                     return taken + num_chunks
 
                 lax.fori_loop(item.first_window, item.end_window, expand_window, taken)
@@ -691,7 +696,7 @@ def _decode(
             plgpu.SMEM((stages, CHUNK, LANES), dtype, transforms=tiles),
             plgpu.SMEM((x_windows, columns, LANES), dtype, transforms=tiles),
             plgpu.SMEM((kept * WINDOW, CHUNK), dtype, transforms=tiles),
-            plgpu.SMEM((places_of_y * WINDOW, LANES), dtype, transforms=tiles if aligned else ()),
+            plgpu.SMEM((2 * columns, LANES), dtype, transforms=tiles if aligned else ()),
             plgpu.SMEM((SUMS, WINDOW), jnp.float32),
             plgpu.SMEM((TOTALS, WINDOW), jnp.float32),
             plgpu.Barrier(num_arrivals=BOXES, num_barriers=stages),
