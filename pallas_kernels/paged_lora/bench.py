@@ -127,7 +127,7 @@ def chain(
 
 
 LLAMA_7B = Model(32, 4096, 4096, 11008, KVLayout(32, 128, 16).rows_per_page)
-LAYERS, REPEATS = 4, 10
+LAYERS, REPEATS = 4, 30
 """Layers whose pools take turns, and how often each within one compiled call."""
 
 
@@ -160,7 +160,7 @@ def us_a_call(call: Callable[[Any], Any], state: Any, calls: int) -> float:
     for _ in range(3):
         state = call(state)
     times = {2: float("inf"), 8: float("inf")}
-    for _ in range(3):
+    for _ in range(5):
         for row in times:
             jax.block_until_ready(state)
             start = time.perf_counter()

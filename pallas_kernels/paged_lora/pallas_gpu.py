@@ -68,6 +68,9 @@ up."""
 TOTALS = 320
 """Rows of h: MAX_RANK + 56, rounded up."""
 
+FEW = 1
+"""One token has narrower products than a whole segment, and so have up to so many."""
+
 DECODE_TOKENS = 256
 """Steps of more tokens have larger segments and keep more of H; in others more of the pool is on
 its way at once."""
@@ -674,8 +677,7 @@ def _decode(
                 a_chunks, b_chunks = _ceil_div(item.a_rows, CHUNK), _ceil_div(item.b_rows, CHUNK)
                 first_b = item.first_window * classes
                 end_b = jnp.minimum(item.end_window * classes, b_chunks)
-                # Products for 1 token, up to 4, up to 8: few tokens take little of the core's time.
-                rooms = sorted({1, min(size, 4), size})
+                rooms = sorted({1, min(size, FEW), size})
                 for below, room in zip([0, *rooms], rooms, strict=False):
                     fits = (below < item.count) & (item.count <= room)
                     pl.when(fits)(functools.partial(compute, item, taken, room))
