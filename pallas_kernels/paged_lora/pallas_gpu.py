@@ -68,9 +68,6 @@ up."""
 TOTALS = 320
 """Rows of h: MAX_RANK + 56, rounded up."""
 
-FEW = 1
-"""One token has narrower products than a whole segment, and so have up to so many."""
-
 DECODE_TOKENS = 256
 """Steps of more tokens have larger segments and keep more of H; in others more of the pool is on
 its way at once."""
@@ -677,10 +674,9 @@ def _decode(
                 a_chunks, b_chunks = _ceil_div(item.a_rows, CHUNK), _ceil_div(item.b_rows, CHUNK)
                 first_b = item.first_window * classes
                 end_b = jnp.minimum(item.end_window * classes, b_chunks)
-                rooms = sorted({1, min(size, FEW), size})
-                for below, room in zip([0, *rooms], rooms, strict=False):
-                    fits = (below < item.count) & (item.count <= room)
-                    pl.when(fits)(functools.partial(compute, item, taken, room))
+                pl.when(item.count == 1)(lambda: compute(item, taken, 1))
+                if size > 1:
+                    pl.when(item.count > 1)(lambda: compute(item, taken, size))
                 return taken + a_chunks + jnp.maximum(end_b - first_b, 0)
 
             each_item(compute_item, jnp.int32(0))
