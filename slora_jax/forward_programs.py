@@ -1,14 +1,16 @@
 """How a step's forward pass is compiled: as one program, or as one program per layer kind.
 
-Both run the same model code and give the same values. *Whole* is what a GPU or TPU wants: one
-launch a step, which XLA captures as one CUDA graph. *Layered* is what a CPU wants: all layers share
-one compiled program, so that a new bucket of a 30-layer model compiles in about a second instead of
-half a minute, for 30 calls of about 0.1 ms in a step of 50 ms and more. Refuses to know requests.
+Both run the same model code and give the same values. *Whole* is what Pallas kernels want: one
+launch a step, which XLA captures as one CUDA graph. *Layered* is for plain XLA, on a CPU or where
+kernels decline: all layers share one compiled program, so that a new bucket of a 30-layer model
+compiles in a second or a few instead of half a minute (for CPUs and for GPUs alike, 2 cores), for
+30 calls of about 0.1 ms a step. Refuses to know requests.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -64,11 +66,11 @@ class Hidden(NamedTuple):
 
 
 def make_forward(model: Llama, view: PoolView, mesh: Mesh, traces: TraceStore | None) -> Forward:
-    """The form that suits the platform of the devices."""
-    platform = mesh.devices.flat[0].platform
-    if platform == "cpu":
-        return LayeredForward(model, view, mesh)
-    return WholeForward(model, view, mesh, compiler_options(platform), traces)
+    """The form that suits the kernels."""
+    options = compiler_options(mesh.devices.flat[0].platform)
+    if view.kernels in PLATFORMS:
+        return WholeForward(model, view, mesh, options, traces)
+    return LayeredForward(model, view, mesh, options)
 
 
 def compiler_options(platform: str) -> dict[str, bool]:
@@ -216,7 +218,8 @@ class LayeredForward:
     """The step as a program for what comes before the layers, one for any layer, one for the
     end."""
 
-    def __init__(self, model: Llama, view: PoolView, mesh: Mesh):
+    def __init__(self, model: Llama, view: PoolView, mesh: Mesh, options: Mapping[str, bool]):
+        """``options``: the compiler's."""
         call, self._outer_weights = over_leaves(without_layers(model))
         layers = [over_leaves(block) for block in model.layers]
         call_block = layers[0][0]  # all layers have one structure
@@ -246,9 +249,10 @@ class LayeredForward:
 
         outer_specs = specs_of(self._outer_weights, mesh)
         block_specs = specs_of(self._layer_weights[0], mesh)
-        self._begin = jax.jit(on_each_device(begin, mesh, (outer_specs, SAME, SAME), SAME))
-        self._end = jax.jit(on_each_device(end, mesh, (outer_specs, SAME, SAME), SAME))
-        self._block = jax.jit(
+        jit = functools.partial(jax.jit, compiler_options=dict(options))
+        self._begin = jit(on_each_device(begin, mesh, (outer_specs, SAME, SAME), SAME))
+        self._end = jit(on_each_device(end, mesh, (outer_specs, SAME, SAME), SAME))
+        self._block = jit(
             on_each_device(
                 block, mesh, (block_specs, POOL_SPEC, SAME, SAME, SAME), (SAME, POOL_SPEC)
             ),
