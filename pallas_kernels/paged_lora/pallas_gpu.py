@@ -15,12 +15,13 @@ multiple of 8 regular:
 - Shrink: ``chunk [64, 128] · xᵀ``, with eight blocks of each token as columns, summed over the
   windows of a class; of each row only the column of its own block is meant. The rest is thrown
   away: the unit is idle anyway.
-- Expand: ``Hᵀ · chunk`` with H [64 rows, token and block]: the row's own rank in the column of its
+- Expand: ``chunkᵀ · H`` with H [64 rows, token and block]: the row's own rank in the column of its
   own block, zeros elsewhere; summed over the chunks of a window, it is eight blocks of y of each
   token. TMA adds them to y.
 
-So h never leaves the core, nothing is transposed or padded to a larger rank, and a token's sums
-run in an order that its own adapter alone decides. Knows one group of targets a call.
+Tokens are the narrow operand of both: a segment of one token has products 8 columns wide. So h
+never leaves the core, nothing is transposed in memory or padded to a larger rank, and a token's
+sums run in an order that its own adapter alone decides. Knows one group of targets a call.
 """
 
 from __future__ import annotations
