@@ -527,13 +527,14 @@ def write_peft_adapter(
     *,
     base_model: str | None = None,
     adapter_config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a directory that `read_peft_adapter` and `peft.PeftModel.from_pretrained` load.
 
     `adapter_config`: what decides modules, ranks and scalings (`r`, `lora_alpha`, `target_modules`,
     …); None derives it from the pairs, as alpha = scaling * rank (exact but for the last bit). The
     fields that every PEFT config has are filled in. Raises `CheckpointError` when the directory
-    already holds an adapter or cannot be written.
+    already holds an adapter, unless `overwrite`, or cannot be written.
     """
     path = Path(directory).expanduser()
     config = {
@@ -553,8 +554,10 @@ def write_peft_adapter(
         tensors[a_name], tensors[b_name] = pair.a, pair.b
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if (path / "adapter_config.json").exists():
-            raise CheckpointError(f"{path}: already holds an adapter; choose another directory.")
+        if (path / "adapter_config.json").exists() and not overwrite:
+            raise CheckpointError(
+                f"{path}: already holds an adapter; choose another directory, or overwrite it."
+            )
         write_safetensors(path / "adapter_model.safetensors", tensors)
         write_json(path / "adapter_config.json", config)
     except OSError as error:

@@ -112,16 +112,19 @@ def save_adapter(
     *,
     dtype: str = "float32",
     base_model: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a PEFT directory that ``peft.PeftModel.from_pretrained`` and ``load_adapter`` read.
 
     Args:
-        directory: must not hold an adapter yet.
+        directory: must not hold an adapter yet, unless ``overwrite``.
         arrays: tensors by PEFT's names, such as ``Trainer.adapter``.
         config: their PEFT configuration.
         base: the model that they belong to; only shapes are compared.
         dtype: what the tensors are stored as.
-        base_model: what the adapter says that it was trained on.
+        base_model: what the adapter says that it was trained on, a hub id say; None is the
+            directory that ``base`` was read from.
+        overwrite: write over the adapter that the directory holds.
 
     Raises:
         AdapterLoadError: arrays, configuration and base do not fit each other, or the directory
@@ -140,7 +143,13 @@ def save_adapter(
         for key, pair in adapter.pairs.items()
     }
     try:
-        peft_lora.write_peft_adapter(directory, pairs, base_model=base_model, adapter_config=config)
+        peft_lora.write_peft_adapter(
+            directory,
+            pairs,
+            base_model=base_model or (base.directory and str(base.directory)),
+            adapter_config=config,
+            overwrite=overwrite,
+        )
     except errors.CheckpointError as error:
         raise AdapterLoadError(str(error)) from error
 

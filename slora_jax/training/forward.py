@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from pallas_kernels.layout import TARGETS
 from slora_jax.forward_programs import Weights, over_leaves, without_layers
 from slora_jax.layers.linear import AddLora, dot
 from slora_jax.layers.rope import inverse_frequencies, rope_angles
@@ -49,6 +50,9 @@ class DenseContext:
     lora: LayerLora
     scaling: Mapping[str, jax.Array]
     """Of one layer: target → f32[]."""
+    dropout: float
+    key: jax.Array
+    """Of this layer; unused where ``dropout`` is 0."""
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array
@@ -77,7 +81,12 @@ class DenseContext:
                 deltas.append(jnp.zeros((len(y), size), y.dtype))
                 continue
             a, b = self.lora[target]
-            shrunk = self.scaling[target] * dot(x, a.astype(x.dtype), out_dtype=jnp.float32)
+            seen = x
+            if self.dropout:
+                own_key = jax.random.fold_in(self.key, TARGETS.index(target))
+                kept = jax.random.bernoulli(own_key, 1 - self.dropout, x.shape)
+                seen = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+            shrunk = self.scaling[target] * dot(seen, a.astype(x.dtype), out_dtype=jnp.float32)
             deltas.append(dot(shrunk.astype(x.dtype), b.astype(x.dtype)))
         return y + jnp.concatenate(deltas, axis=-1)
 
@@ -124,6 +133,9 @@ class DenseLlama:
         token_ids: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array,
+        *,
+        dropout: float = 0.0,
+        key: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states [B, S, hidden] after the final norm; differentiable in ``lora``.
 
@@ -134,6 +146,9 @@ class DenseLlama:
             token_ids: i32[B, S].
             positions: i32[B, S]: of each token in its own sequence.
             segment_ids: i32[B, S]: tokens of one row see those before them with the same id.
+            dropout: share of each adapted module's inputs that its adapter does not see (PEFT's
+                ``lora_dropout``); the others are scaled up.
+            key: decides which, with ``dropout``.
         """
         cfg, (rows, length) = self.config, token_ids.shape
         frequencies = inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
@@ -143,11 +158,17 @@ class DenseLlama:
         no_pool = jnp.zeros(0)
 
         def layer(
-            x: jax.Array, sliced: tuple[Weights, LayerLora, Mapping[str, jax.Array]]
+            x: jax.Array, sliced: tuple[Weights, LayerLora, Mapping[str, jax.Array], jax.Array]
         ) -> tuple[jax.Array, None]:
-            block_weights, layer_lora, layer_scaling = sliced
+            block_weights, layer_lora, layer_scaling, layer_key = sliced
             context = DenseContext(
-                config=cfg, angles=angles, mask=mask, lora=layer_lora, scaling=layer_scaling
+                config=cfg,
+                angles=angles,
+                mask=mask,
+                lora=layer_lora,
+                scaling=layer_scaling,
+                dropout=dropout,
+                key=layer_key,
             )
             x, _ = self._block(block_weights)(x, no_pool, context, 0)
             return x, None
@@ -155,7 +176,9 @@ class DenseLlama:
         outer = self._outer(weights.outer)
         x = outer.embed_tokens(token_ids.reshape(-1))
         body = jax.checkpoint(layer) if self._remat else layer
-        x, _ = jax.lax.scan(body, x, (weights.layers, lora, jax.tree.map(jnp.asarray, scaling)))
+        keys = jax.random.split(jax.random.key(0) if key is None else key, cfg.num_layers)
+        scaling = jax.tree.map(jnp.asarray, scaling)
+        x, _ = jax.lax.scan(body, x, (weights.layers, lora, scaling, keys))
         return outer.final_norm(x).reshape(rows, length, cfg.hidden_size)
 
     def logits(self, weights: BaseWeights, hidden: jax.Array) -> jax.Array:

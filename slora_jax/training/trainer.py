@@ -108,7 +108,8 @@ class Trainer:
     Args:
         base: from ``load_base_model``, or ``LLM.base_model``.
         adapter_config: PEFT's configuration: ``r``, ``lora_alpha``, ``target_modules``,
-            ``rank_pattern``, ``use_rslora``, …: whatever ``load_adapter`` takes.
+            ``rank_pattern``, ``use_rslora``, …: whatever ``load_adapter`` takes, and
+            ``lora_dropout``.
         config: of the run.
         adapter: tensors by PEFT's names to start from; None begins with A Gaussian and B zero.
         optimizer: an optax transformation in place of ``config.optimizer()``.
@@ -116,7 +117,8 @@ class Trainer:
 
     Raises:
         AdapterLoadError: the adapter's configuration or tensors do not fit the base.
-        ConfigError: ``batch_size`` cannot be split over the devices.
+        ConfigError: ``batch_size`` cannot be split over the devices; ``lora_dropout`` is no share;
+            ``init_lora_weights`` asks for another beginning.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class Trainer:
         self.config = config or TrainingConfig()
         self.modules = adapted_modules(adapter_config, base)
         self.adapter_config = dict(adapter_config)
+        self._dropout = _dropout(adapter_config)
         self.step_number = 0
         """Optimiser steps made."""
         self._vocab_size = base.model.config.vocab_size
@@ -149,6 +152,11 @@ class Trainer:
             check_adapter(adapter, self.modules)
             start = {name: jnp.array(value, jnp.float32) for name, value in adapter.items()}
         else:
+            if adapter_config.get("init_lora_weights", True) not in (True, None, "gaussian"):
+                raise ConfigError(
+                    f"init_lora_weights={adapter_config['init_lora_weights']!r}: an adapter begins "
+                    "with A Gaussian and B zero; to begin elsewhere, give its tensors as adapter="
+                )
             start = init_adapter(self.modules, self.config.seed)
         replicated = NamedSharding(self._mesh, PartitionSpec())
         depth = base.model.config.num_layers
@@ -160,7 +168,9 @@ class Trainer:
         self._optimizer_state = jax.device_put(self._optimizer.init(self._adapter), replicated)
         self._dense = DenseLlama(base.model, mesh=self._mesh, remat=self.config.remat)
         self._step = jax.jit(self._make_step(), donate_argnums=(0, 1))
-        self._evaluate = jax.jit(self._loss_and_grads)
+        self._evaluate = jax.jit(
+            lambda adapter, weights, batch: self._loss_and_grads(adapter, weights, batch, None)
+        )
 
     @property
     def adapter(self) -> Arrays:
@@ -228,14 +238,18 @@ class Trainer:
         Does not wait for the device.
         """
         self._adapter, self._optimizer_state, loss = self._step(
-            self._adapter, self._optimizer_state, self._dense.weights, self._place(batch)
+            self._adapter,
+            self._optimizer_state,
+            self._dense.weights,
+            self._place(batch),
+            np.int32(self.step_number),
         )
         self.step_number += 1
         return loss
 
     def loss_and_gradients(self, batch: TrainingBatch) -> tuple[jax.Array, Arrays]:
         """(the mean loss f32[] over the batch's completion tokens, its gradients by PEFT's names),
-        and no step."""
+        and no step. Without dropout."""
         loss, grads = self._evaluate(self._adapter, self._dense.weights, self._place(batch))
         return loss, unstack_adapter(grads, self.modules)
 
@@ -243,9 +257,14 @@ class Trainer:
         optimizer = self._optimizer
 
         def step(
-            adapter: Stacked, state: optax.OptState, weights: BaseWeights, batch: TrainingBatch
+            adapter: Stacked,
+            state: optax.OptState,
+            weights: BaseWeights,
+            batch: TrainingBatch,
+            number: jax.Array,
         ) -> tuple[Stacked, optax.OptState, jax.Array]:
-            loss, grads = self._loss_and_grads(adapter, weights, batch)
+            key = jax.random.fold_in(jax.random.key(self.config.seed), number)
+            loss, grads = self._loss_and_grads(adapter, weights, batch, key)
             with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and float32
                 updates, state = optimizer.update(grads, state, adapter)
                 adapter = optax.apply_updates(adapter, updates)  # type: ignore[assignment]
@@ -254,23 +273,33 @@ class Trainer:
         return step
 
     def _loss_and_grads(
-        self, adapter: Stacked, weights: BaseWeights, batch: TrainingBatch
+        self, adapter: Stacked, weights: BaseWeights, batch: TrainingBatch, key: jax.Array | None
     ) -> tuple[jax.Array, Stacked]:
-        """Over all parts of ``batch`` [parts, rows, S], as if they were one."""
+        """Over all parts of ``batch`` [parts, rows, S], as if they were one. ``key``: of dropout,
+        None for none."""
+        dropout = 0.0 if key is None else self._dropout
+        keys = jax.random.split(jax.random.key(0) if key is None else key, len(batch.token_ids))
         part_of = jax.value_and_grad(self._summed_loss)
 
         def add(
-            total: tuple[jax.Array, Stacked], part: TrainingBatch
+            total: tuple[jax.Array, Stacked], part: tuple[TrainingBatch, jax.Array]
         ) -> tuple[tuple[jax.Array, Stacked], None]:
-            return jax.tree.map(jnp.add, total, part_of(adapter, weights, part)), None
+            rows, key = part
+            more = part_of(adapter, weights, rows, dropout, key)
+            return jax.tree.map(jnp.add, total, more), None
 
         zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, adapter)
-        total, _ = jax.lax.scan(add, zero, batch)
+        total, _ = jax.lax.scan(add, zero, (batch, keys))
         count = jnp.maximum(jnp.sum(batch.loss_mask, dtype=jnp.float32), 1.0)
         return jax.tree.map(lambda value: value / count, total)
 
     def _summed_loss(
-        self, adapter: Stacked, weights: BaseWeights, batch: TrainingBatch
+        self,
+        adapter: Stacked,
+        weights: BaseWeights,
+        batch: TrainingBatch,
+        dropout: float,
+        key: jax.Array,
     ) -> jax.Array:
         hidden = self._dense.hidden(
             weights,
@@ -279,6 +308,8 @@ class Trainer:
             jnp.asarray(batch.token_ids),
             jnp.asarray(batch.positions),
             jnp.asarray(batch.segment_ids),
+            dropout=dropout,
+            key=key,
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(
             self._dense.logits(weights, hidden), batch.targets
@@ -310,7 +341,7 @@ class Trainer:
         )
         return {
             "config": dataclasses.asdict(self.config),
-            "adapter": zlib.crc32(repr(adapter).encode()),
+            "adapter": zlib.crc32(repr((adapter, self._dropout)).encode()),
             "base": self._about,
             "examples": digest,
         }
@@ -334,6 +365,13 @@ def _fingerprint(base: LoadedModel) -> int:
         array = np.asarray(leaf)
         digest = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, digest)
     return digest
+
+
+def _dropout(adapter_config: Mapping[str, Any]) -> float:
+    share = adapter_config.get("lora_dropout") or 0.0
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+        raise ConfigError(f"lora_dropout={share!r} must be a number from 0 to below 1")
+    return float(share)
 
 
 def _require(name: str, value: Any, kind: Any, least: int) -> None:

@@ -1,9 +1,12 @@
 """Out and in again: arrays, PEFT directories and merged models answer as the engine does."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 
 from slora_jax import (
     LLM,
@@ -180,6 +183,16 @@ def test_what_cannot_be_saved_or_merged(base, arrays, saved, tmp_path):
         save_adapter(saved, arrays, ADAPTER, base)
     with pytest.raises(ConfigError, match="dtype='int8'"):
         save_adapter(tmp_path / "x", arrays, ADAPTER, base, dtype="int8")
+    written = tmp_path / "written"
+    for factor in (1, 2):
+        save_adapter(
+            written, {k: factor * v for k, v in arrays.items()}, ADAPTER, base, overwrite=True
+        )
+    about = json.loads((written / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] == str(base.directory)
+    with safetensors.safe_open(written / "adapter_model.safetensors", "np") as file:
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(file.get_tensor(name), 2 * array)
     with pytest.raises(AdapterLoadError, match="lora_A"):
         save_adapter(tmp_path / "x", {"lora_A": jnp.zeros((2, 2))}, ADAPTER, base)
     with pytest.raises(AdapterLoadError, match="give PEFT's adapter_config"):

@@ -159,3 +159,47 @@ def test_options_that_cannot_work(options, message):
 def test_rows_that_cannot_be_split(base):
     with pytest.raises(ConfigError, match="3 devices"):
         Trainer(base, ADAPTER, RUN, devices=jax.devices()[:3])
+
+
+def test_dropout_hides_inputs_from_the_adapter(base):
+    """Of the last layer's down projection one token's inputs count: that before the completion."""
+    config = {
+        "r": 4,
+        "lora_alpha": 4,
+        "target_modules": ["down_proj"],
+        "layers_to_transform": [1],
+        "lora_dropout": 0.5,
+    }
+    rng = np.random.default_rng(0)
+    zeros = init_adapter(adapted_modules(config, base), seed=0)
+    start = {name: rng.standard_normal(array.shape) for name, array in zeros.items()}
+    (a_name,) = (name for name in start if "lora_A" in name)
+    example = Example((3, 4, 5), (6,))
+    run = TrainingConfig(num_steps=2, batch_size=1, max_length=8, packing=False, warmup_steps=0)
+
+    def weights_after(**changes):
+        trainer = Trainer(base, config | changes, run, adapter=start)
+        trainer.fit([example], progress=False)
+        return trainer.adapter[a_name]
+
+    once = Trainer(base, config, dataclasses.replace(run, num_steps=1), adapter=start)
+    once.fit([example], progress=False)
+    unseen = np.mean(np.all(once.adapter[a_name] == np.float32(start[a_name]), axis=0))
+    assert 0.3 < unseen < 0.7
+    np.testing.assert_array_equal(weights_after(), weights_after())
+    assert np.any(weights_after() != weights_after(lora_dropout=0.0))
+    # Each step hides others: after two steps fewer columns have never been seen.
+    assert np.mean(np.all(weights_after() == np.float32(start[a_name]), axis=0)) < unseen
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+        ({"lora_dropout": "0.1"}, "lora_dropout='0.1'"),
+        ({"init_lora_weights": False}, "init_lora_weights=False"),
+    ],
+)
+def test_peft_options_that_training_refuses(base, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Trainer(base, ADAPTER | changes, RUN)
