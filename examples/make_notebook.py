@@ -25,7 +25,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-if importlib.util.find_spec("slora_jax") is None:
+if any(importlib.util.find_spec(name) is None for name in ("slora_jax", "matplotlib", "optax")):
     roots = [Path.cwd(), *Path.cwd().parents]
     checkout = next((path for path in roots if (path / "slora_jax").is_dir()), None)
     source = f"{{checkout}}[demo,train,plot]" if checkout else (

@@ -1,5 +1,6 @@
-"""Train the demo adapters that the wheel carries: every task of demo_tasks.py, on one GPU in
-minutes.
+"""Train the demo adapters that the wheel carries.
+
+Every task of demo_tasks.py, on one GPU in minutes.
 
     python examples/train_demo_adapters.py [--tasks sql pirate] [--out DIRECTORY]
     python examples/score_demo_adapters.py --write-cards

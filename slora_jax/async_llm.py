@@ -72,7 +72,7 @@ class AsyncLLM:
     Example:
         >>> llm = LLM("HuggingFaceTB/SmolLM2-135M-Instruct")
         >>> async with AsyncLLM(llm) as engine:
-        ...     await engine.load_adapter("pirate", "adapters/pirate")
+        ...     await engine.load_adapter("pirate", "checkpoints/adapters/pirate")
         ...     async for out in engine.generate("Hello!", "pirate"):
         ...         print(out.outputs[0].text)
 

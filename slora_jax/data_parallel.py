@@ -32,7 +32,7 @@ class DataParallelLLM:
     Example:
         >>> mesh = jax.make_mesh((2, 4), ("data", "model"))
         >>> llm = DataParallelLLM("meta-llama/Llama-3.1-8B", mesh=mesh)
-        >>> llm.load_adapter("pirate", "adapters/pirate")
+        >>> llm.load_adapter("pirate", "checkpoints/adapters/pirate")
         >>> outs = llm.generate(many_prompts, "pirate")
 
     Args:

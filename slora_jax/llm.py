@@ -79,7 +79,7 @@ class LLM:
 
     Example:
         >>> llm = LLM("HuggingFaceTB/SmolLM2-135M-Instruct")
-        >>> llm.load_adapter("pirate", "adapters/pirate")
+        >>> llm.load_adapter("pirate", "checkpoints/adapters/pirate")
         >>> outs = llm.generate(["Hello!", "Hello!"], adapter_ids=["pirate", None])
         >>> outs[0].outputs[0].text
 
