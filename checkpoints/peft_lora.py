@@ -548,6 +548,7 @@ def write_peft_adapter(
         "init_lora_weights": True,
         **(_config_of(pairs) if adapter_config is None else adapter_config),
     }
+    config = {key: sorted(v) if isinstance(v, (set, frozenset)) else v for key, v in config.items()}
     tensors = {}
     for key, pair in pairs.items():
         a_name, b_name = tensor_names(*key)

@@ -20,7 +20,12 @@ from typing import Any, TypeVar
 
 from slora_jax.adapter_store import AdapterInfo
 from slora_jax.engine import Generation
-from slora_jax.errors import ConfigError, EngineClosedError, OverloadedError
+from slora_jax.errors import (
+    ConfigError,
+    EngineClosedError,
+    InvalidRequestError,
+    OverloadedError,
+)
 from slora_jax.llm import LLM, Params, Prompt
 from slora_jax.outputs import EngineStats, RequestOutput
 
@@ -143,6 +148,10 @@ class AsyncLLM:
         """
         checked = await asyncio.to_thread(self._llm._check_one, prompt, adapter_id, sampling_params)
         text, token_ids, params, adapter_id = checked
+        if params.n > self._max_waiting:
+            raise InvalidRequestError(
+                f"n={params.n} completions can never wait at once: max_waiting={self._max_waiting}"
+            )
         stream = _Stream()
 
         def add() -> None:
@@ -187,6 +196,12 @@ class AsyncLLM:
         await self._call(lambda: self._llm._check_new_name(name))
         adapter = await asyncio.to_thread(self._llm._read_adapter, name, source, config)
         return await self._call(lambda: self._llm._register_adapter(name, adapter, pinned=pinned))
+
+    async def update_adapter(self, name: str, arrays: Mapping[str, Any]) -> AdapterInfo:
+        """See ``LLM.update_adapter``. Steps go on while the arrays are laid out."""
+        config = await self._call(lambda: self._llm.engine.adapter_config(name))
+        packed = await asyncio.to_thread(self._llm._pack_update, name, config, arrays)
+        return await self._call(lambda: self._llm._swap_weights(name, arrays, packed))
 
     async def unload_adapter(self, name: str) -> None:
         """See ``LLM.unload_adapter``."""

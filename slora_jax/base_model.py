@@ -69,6 +69,22 @@ def load_base_model(
     return load_model(model, dtype=jnp.dtype(dtype), mesh=mesh, progress=progress)
 
 
+def require_one_device(base: LoadedModel) -> None:
+    """Raise ConfigError unless ``base`` is a loaded model, still there, and not cut over devices:
+    the rows of fused weights lie in another order there."""
+    if not isinstance(base, LoadedModel):
+        raise ConfigError(
+            f"the base is {base!r:.80}: give what load_base_model returns, or LLM.base_model"
+        )
+    if base.model.final_norm.weight[...].is_deleted():
+        raise ConfigError("the base's weights are gone: the LLM that read them has been closed")
+    if base.model.shards.count > 1:
+        raise ConfigError(
+            f"the base is cut over {base.model.shards.count} devices (tensor_parallel): load it on "
+            "one, with load_base_model"
+        )
+
+
 def adapted_modules(
     config: Mapping[str, Any], base: LoadedModel
 ) -> dict[tuple[int, str], LoraModule]:
@@ -76,9 +92,11 @@ def adapted_modules(
 
     Raises:
         AdapterLoadError: the configuration is not supported, or selects nothing.
+        ConfigError: ``base`` is no loaded model, or is cut over several devices.
     """
     from checkpoints import errors, name_map, peft_lora
 
+    require_one_device(base)
     if not isinstance(config, Mapping):
         raise AdapterLoadError(
             f"the adapter's config is {config!r:.80}: give PEFT's adapter_config.json as a dict"
@@ -127,21 +145,20 @@ def save_adapter(
         overwrite: write over the adapter that the directory holds.
 
     Raises:
-        AdapterLoadError: arrays, configuration and base do not fit each other, or the directory
-            cannot be written.
-        ConfigError: there is no such dtype.
+        AdapterLoadError: arrays, configuration and base do not fit each other, the arrays hold
+            values beyond ``dtype``, or the directory cannot be written.
+        ConfigError: there is no such dtype; ``base`` is no loaded model, or is cut over devices.
     """
     from checkpoints import errors, peft_lora
 
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: there are {', '.join(DTYPES)}")
+    require_one_device(base)
     adapter = _read_adapter(arrays, config, base)
-    pairs = {
-        key: peft_lora.LoraPair(
-            pair.a.astype(jnp.dtype(dtype)), pair.b.astype(jnp.dtype(dtype)), pair.scaling
-        )
-        for key, pair in adapter.pairs.items()
-    }
+    pairs = {}
+    for (layer, target), pair in adapter.pairs.items():
+        a, b = (_cast(array, dtype, f"layer {layer}, {target}") for array in (pair.a, pair.b))
+        pairs[layer, target] = peft_lora.LoraPair(a, b, pair.scaling)
     try:
         peft_lora.write_peft_adapter(
             directory,
@@ -169,8 +186,10 @@ def merge_adapter(
         config: PEFT's configuration, with tensors only.
 
     Raises:
-        AdapterLoadError: the adapter cannot be used with this base.
+        AdapterLoadError: the adapter cannot be used with this base, or the sum is beyond its dtype.
+        ConfigError: ``base`` is no loaded model, or is cut over several devices.
     """
+    require_one_device(base)
     read = _read_adapter(adapter, config, base)
     merged = nnx.merge(*nnx.split(base.model))  # new modules, the same parameters
     for layer, block in enumerate(merged.layers):
@@ -188,9 +207,11 @@ def write_llama(directory: str | os.PathLike[str], model: LoadedModel) -> None:
     Raises:
         ModelLoadError: the directory holds a model already or cannot be written, or the weights are
             random (``load="dummy"``).
+        ConfigError: it is no loaded model, or is cut over devices (``LLM.save`` takes those).
     """
     from checkpoints import errors, hf_llama, tokenizer
 
+    require_one_device(model)
     if model.directory is None:
         raise ModelLoadError("a model of random weights (load='dummy') is not worth writing")
     try:
@@ -242,10 +263,21 @@ def _merged_weight(model: Llama, linear: LoRALinear, layer: int, adapter: LoraAd
     ):
         pair = adapter.pairs.get((layer, target))
         if pair is not None:
-            delta = pair.b.astype(np.float32) @ pair.a.astype(np.float32)
-            merged[first : first + size] += np.float32(pair.scaling) * delta
+            with np.errstate(over="ignore", invalid="ignore"):  # checked below
+                delta = pair.b.astype(np.float32) @ pair.a.astype(np.float32)
+                merged[first : first + size] += np.float32(pair.scaling) * delta
         first += size
-    return jax.device_put(merged.astype(weight.dtype), weight.sharding)
+    merged = _cast(merged, weight.dtype.name, f"layer {layer}, {'/'.join(linear.group)}, merged")
+    return jax.device_put(merged, weight.sharding)
+
+
+def _cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """``array`` as ``dtype``; AdapterLoadError where that makes Inf of its values, or they are."""
+    with np.errstate(over="ignore"):
+        cast = array.astype(jnp.dtype(dtype))
+    if not np.isfinite(cast.astype(np.float32)).all():
+        raise AdapterLoadError(f"{name}: values beyond {dtype}, or NaN: was its training stable?")
+    return cast
 
 
 def _stored_tensors(model: Llama) -> Iterator[tuple[str, np.ndarray]]:

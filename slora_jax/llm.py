@@ -120,6 +120,7 @@ class LLM:
             self._traces = loading.keep_compiled_programs()
         self._owns_weights = not isinstance(model, LoadedModel)
         if isinstance(model, LoadedModel):
+            _check_devices_of(model, mesh)
             self._loaded, self._dtype = model, _dtype_of(model, config)
         elif config.load == "dummy":
             self._loaded = loading.dummy_model(model, dtype=self._dtype, mesh=mesh)
@@ -506,23 +507,32 @@ class LLM:
         _check_adapter_name(name)
         with self._lock:
             config = self._engine.adapter_config(name)
-            layout = self._engine.view.adapters
+        packed = self._pack_update(name, config, arrays)
+        with self._lock:
+            return self._swap_weights(name, arrays, packed)
+
+    def _pack_update(
+        self, name: str, config: Mapping[str, Any], arrays: Mapping[str, Any]
+    ) -> PackedAdapter:
         if not isinstance(arrays, Mapping):
             raise AdapterLoadError(
                 f"adapter {name!r} is updated with {_short(arrays)}: give tensors by PEFT's names"
             )
-        packed = loading.adapter_from_arrays(
+        return loading.adapter_from_arrays(
             arrays,
             config,
             self._loaded.hyperparameters,
-            layout,
+            self._engine.view.adapters,
             self._dtype,
             self._host,
             source=f"adapter {name!r}",
         )
-        with self._lock:
-            self._engine.record("update_adapter", name, arrays)
-            return self._engine.update_adapter(name, packed)
+
+    def _swap_weights(
+        self, name: str, arrays: Mapping[str, Any], packed: PackedAdapter
+    ) -> AdapterInfo:
+        self._engine.record("update_adapter", name, arrays)
+        return self._engine.update_adapter(name, packed)
 
     def load_dummy_adapters(
         self, names: Sequence[str], ranks: Sequence[int], targets: Sequence[str]
@@ -767,6 +777,18 @@ def _choose_dtype(config: EngineConfig, device: Any) -> jnp.dtype:
         capability = float(getattr(device, "compute_capability", "0"))
         return jnp.dtype(jnp.bfloat16 if capability >= 8 else jnp.float16)
     return jnp.dtype(jnp.float32)
+
+
+def _check_devices_of(model: LoadedModel, mesh: jax.sharding.Mesh) -> None:
+    weight = model.model.final_norm.weight[...]
+    if weight.is_deleted():
+        raise ConfigError("the model's weights are gone: the LLM that read them has been closed")
+    devices, wanted = weight.sharding.device_set, set(mesh.devices.flat)
+    if model.model.shards.count != mesh.size or devices != wanted:
+        raise ConfigError(
+            f"the model given is loaded on {sorted(map(str, devices))}, but it is to be served on "
+            f"{sorted(map(str, wanted))}: give the model's name, and it is loaded there"
+        )
 
 
 def _dtype_of(model: LoadedModel, config: EngineConfig) -> jnp.dtype:

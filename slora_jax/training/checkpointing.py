@@ -33,24 +33,33 @@ class TrainingCheckpoints:
     """
 
     def __init__(self, directory: Path, about: Mapping[str, Any]):
-        self._directory = directory.expanduser().absolute()
         self._about = dict(about)
         try:
+            self._directory = directory.expanduser().absolute()
+            self._directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=_KEPT)
             )
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no home of that name
             raise TrainingError(f"{directory}: no checkpoints can be kept here: {error}") from error
 
     def save(self, step: int, adapter: Any, state: Any) -> None:
-        """Write aside; the arrays may be donated as soon as this returns."""
+        """Write aside; the arrays may be donated as soon as this returns.
+
+        Raises TrainingError where this or an earlier one cannot be written.
+        """
         arrays = {"adapter": adapter, "optimizer": _numbered(state)}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(self._about)
-            ),
-        )
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(self._about)
+                ),
+            )
+        except OSError as error:
+            raise TrainingError(
+                f"{self._directory}: checkpoint {step} cannot be written: {error}"
+            ) from error
 
     def restore(self, adapter: Adapter, state: State) -> tuple[int, Adapter, State] | None:
         """(step, adapter, state) of the newest checkpoint, placed as the given ones are; None where

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from slora_jax.errors import TrainingError
 from slora_jax.loading import LoadedModel, render_chat
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +38,20 @@ def chat_example(base: LoadedModel, messages: Sequence[Mapping[str, str]]) -> Ex
 
     Raises:
         InvalidRequestError: the messages cannot be rendered by the model's chat template.
-        TrainingError: the last message is not the assistant's.
+        TrainingError: the last message is not the assistant's, or has no text.
     """
-    if not messages or messages[-1].get("role") != "assistant":
-        raise TrainingError("an example ends with the assistant's message: the completion to learn")
+    last = messages[-1] if messages else None
+    if (
+        not isinstance(last, Mapping)
+        or last.get("role") != "assistant"
+        or not isinstance(last.get("content"), str)
+    ):
+        raise TrainingError(
+            "an example ends with the assistant's message, whose content is the completion to learn"
+        )
     tokenizer = base.tokenizer
     prompt = tokenizer.encode(render_chat(tokenizer, messages[:-1]), add_special_tokens=False)
-    completion = tokenizer.encode(messages[-1]["content"], add_special_tokens=False)
+    completion = tokenizer.encode(last["content"], add_special_tokens=False)
     end = tokenizer.eos_token_id
     end = base.eos_token_ids[0] if end is None else end
     return Example(tuple(prompt), (*completion, end))
@@ -144,10 +147,14 @@ def _to_batch(rows: list[list[Example]], max_length: int) -> TrainingBatch:
 
 
 def _check(examples: Sequence[Example], max_length: int) -> None:
+    if not isinstance(examples, Sequence):
+        raise TrainingError(f"the examples are {examples!r:.80}: give a list of Example")
     if not examples:
         raise TrainingError("there are no examples to train on")
     for index, example in enumerate(examples):
-        if not isinstance(example, Example) or not example.prompt or not example.completion:
+        if not isinstance(example, Example) or not all(
+            isinstance(ids, Sequence) and ids for ids in (example.prompt, example.completion)
+        ):
             raise TrainingError(
                 f"example {index} is {example!r:.80}: give an Example with at least one token of "
                 "prompt and one of completion"

@@ -177,8 +177,8 @@ class DenseLlama:
         x = outer.embed_tokens(token_ids.reshape(-1))
         body = jax.checkpoint(layer) if self._remat else layer
         keys = jax.random.split(jax.random.key(0) if key is None else key, cfg.num_layers)
-        scaling = jax.tree.map(jnp.asarray, scaling)
-        x, _ = jax.lax.scan(body, x, (weights.layers, lora, scaling, keys))
+        scalings = {target: jnp.asarray(value) for target, value in scaling.items()}
+        x, _ = jax.lax.scan(body, x, (weights.layers, lora, scalings, keys))
         return outer.final_norm(x).reshape(rows, length, cfg.hidden_size)
 
     def logits(self, weights: BaseWeights, hidden: jax.Array) -> jax.Array:

@@ -63,6 +63,11 @@ def check_adapter(arrays: Mapping[str, jax.Array], modules: Modules) -> None:
                 f"the adapter's tensor {name!r} has shape {list(jnp.shape(arrays[name]))}, the "
                 f"configuration and the base model need {list(shape)}"
             )
+        kind = jnp.result_type(arrays[name])
+        if not jnp.issubdtype(kind, jnp.floating) or not jnp.isfinite(arrays[name]).all():
+            raise AdapterLoadError(
+                f"the adapter's tensor {name!r} ({kind}) must hold finite real numbers"
+            )
 
 
 def stack_adapter(arrays: Mapping[str, jax.Array], modules: Modules, num_layers: int) -> Stacked:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+import numbers
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -68,12 +70,17 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "gradient_accumulation_steps", "save_every"):
-            _require(name, getattr(self, name), int, 1)
-        _require("max_length", self.max_length, int, 2)
+            _require(name, getattr(self, name), numbers.Integral, 1)
+        _require("max_length", self.max_length, numbers.Integral, 2)
         for name in ("warmup_steps", "seed"):
-            _require(name, getattr(self, name), int, 0)
+            _require(name, getattr(self, name), numbers.Integral, 0)
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
-            _require(name, getattr(self, name), (int, float), 0)
+            _require(name, getattr(self, name), numbers.Real, 0)
+        for name in ("packing", "remat"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed={self.seed} must be below 2**32")
         if self.batch_size % self.gradient_accumulation_steps:
             raise ConfigError(
                 f"batch_size={self.batch_size} is no multiple of gradient_accumulation_steps="
@@ -118,7 +125,8 @@ class Trainer:
     Raises:
         AdapterLoadError: the adapter's configuration or tensors do not fit the base.
         ConfigError: ``batch_size`` cannot be split over the devices; ``lora_dropout`` is no share;
-            ``init_lora_weights`` asks for another beginning.
+            ``init_lora_weights`` asks for another beginning; ``base`` is no loaded model, or is cut
+            over several devices.
     """
 
     def __init__(
@@ -131,6 +139,8 @@ class Trainer:
         optimizer: optax.GradientTransformation | None = None,
         devices: Sequence[Any] | None = None,
     ):
+        if config is not None and not isinstance(config, TrainingConfig):
+            raise ConfigError(f"config={config!r:.80} must be a TrainingConfig")
         self.config = config or TrainingConfig()
         self.modules = adapted_modules(adapter_config, base)
         self.adapter_config = dict(adapter_config)
@@ -139,6 +149,8 @@ class Trainer:
         """Optimiser steps made."""
         self._vocab_size = base.model.config.vocab_size
         self._about = _fingerprint(base)
+        if devices is not None and not devices:
+            raise ConfigError("devices=[] must name at least one device")
         if devices is None:
             devices = [min(base.model.final_norm.weight[...].devices(), key=lambda d: d.id)]
         self._mesh = Mesh(np.array(devices), ("data",))
@@ -164,6 +176,8 @@ class Trainer:
         self._adapter: Stacked = jax.device_put(
             stack_adapter(start, self.modules, depth), replicated
         )
+        self._start = None if adapter is None else _digest(start)
+        self._own_optimizer = optimizer is not None
         self._optimizer = optimizer or self.config.optimizer()
         self._optimizer_state = jax.device_put(self._optimizer.init(self._adapter), replicated)
         self._dense = DenseLlama(base.model, mesh=self._mesh, remat=self.config.remat)
@@ -192,15 +206,20 @@ class Trainer:
         Args:
             examples: batches are drawn from them as ``config.seed`` says.
             directory: where checkpoints go. A run that was interrupted goes on from the newest one
-                there and ends with the weights of an unbroken run.
+                there and ends with the weights of an unbroken run. One optimizer of your own cannot
+                be told from another.
             progress: show a bar.
 
         Raises:
-            TrainingError: an example cannot be used, or the directory has checkpoints of another
-                configuration, base or data.
+            TrainingError: an example cannot be used; the directory cannot, or has checkpoints of
+                another configuration, base, start or data; all steps have been made already; the
+                loss is NaN or Inf.
         """
         cfg = self.config
-        self._check_tokens(examples)
+        if self.step_number >= cfg.num_steps:
+            raise TrainingError(
+                f"all num_steps={cfg.num_steps} have been made: make a Trainer for another run"
+            )
         stream = batches(
             examples,
             batch_size=cfg.batch_size,
@@ -208,6 +227,7 @@ class Trainer:
             packing=cfg.packing,
             seed=cfg.seed,
         )
+        self._check_tokens(examples)
         checkpoints = None
         if directory is not None:
             checkpoints = TrainingCheckpoints(Path(directory), self._describe(examples))
@@ -220,12 +240,15 @@ class Trainer:
             ) as bar:
                 for batch in itertools.islice(stream, self.step_number, cfg.num_steps):
                     losses.append(self.step(batch))
-                    if self.step_number % 10 == 0:  # to look at each would wait for each
-                        bar.set_postfix(loss=f"{float(losses[-1]):.4f}", refresh=False)
+                    is_last = self.step_number == cfg.num_steps
+                    saves = checkpoints is not None and (
+                        is_last or self.step_number % cfg.save_every == 0
+                    )
+                    # To look at each would wait for each.
+                    if self.step_number % 10 == 0 or is_last or saves:
+                        bar.set_postfix(loss=f"{self._finite(losses[-1]):.4f}", refresh=False)
                     bar.update()
-                    if checkpoints is not None and (
-                        self.step_number % cfg.save_every == 0 or self.step_number == cfg.num_steps
-                    ):
+                    if checkpoints is not None and saves:
                         checkpoints.save(self.step_number, self._adapter, self._optimizer_state)
         finally:
             if checkpoints is not None:
@@ -324,6 +347,15 @@ class Trainer:
             lambda x: jax.device_put(x.reshape(parts, -1, x.shape[-1]), sharding), batch
         )
 
+    def _finite(self, loss: jax.Array) -> float:
+        value = float(loss)
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} at step {self.step_number}: lower learning_rate (checkpoints "
+                "of earlier steps are kept)"
+            )
+        return value
+
     def _resume(self, checkpoints: TrainingCheckpoints) -> None:
         restored = checkpoints.restore(self._adapter, self._optimizer_state)
         if restored is not None:
@@ -343,28 +375,42 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "adapter": zlib.crc32(repr((adapter, self._dropout)).encode()),
             "base": self._about,
+            "start": self._start,
+            "optimizer": "its own" if self._own_optimizer else "the configuration's",
             "examples": digest,
         }
 
     def _check_tokens(self, examples: Sequence[Example]) -> None:
         for index, example in enumerate(examples):
-            if not isinstance(example, Example):
-                continue  # refused by `batches`
-            highest = max((*example.prompt, *example.completion), default=0)
-            if highest >= self._vocab_size:
-                raise TrainingError(
-                    f"example {index} has token id {highest}, the base model's vocabulary has "
-                    f"{self._vocab_size}: it was made with another tokenizer"
-                )
+            for token in (*example.prompt, *example.completion):
+                if not isinstance(token, numbers.Integral) or not 0 <= token < self._vocab_size:
+                    raise TrainingError(
+                        f"example {index} has token id {token!r}; the base model's vocabulary has "
+                        f"{self._vocab_size}, from 0: was it made with another tokenizer?"
+                    )
 
 
 def _fingerprint(base: LoadedModel) -> int:
-    """Tells one base from another: over the dtype, the shapes and the last layer's weights."""
-    digest = zlib.crc32(repr(sorted(base.hyperparameters.items(), key=str)).encode())
-    for leaf in jax.tree.leaves(base.model.layers[-1].mlp):
-        array = np.asarray(leaf)
-        digest = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, digest)
-    return digest
+    """Tells one base from another: over the dtype, the shapes and all weights."""
+    about = repr(sorted(base.hyperparameters.items(), key=str))
+    return zlib.crc32(about.encode(), _digest(jax.tree.leaves(base.model)))
+
+
+def _digest(tree: Any) -> int:
+    """Of all arrays' bits and shapes: sums in integers, where the arrays are."""
+    sums = [
+        (leaf.shape, leaf.dtype.name, int(_sum_of_bits(leaf))) for leaf in jax.tree.leaves(tree)
+    ]
+    return zlib.crc32(repr(sums).encode())
+
+
+@jax.jit
+def _sum_of_bits(array: jax.Array) -> jax.Array:
+    """u32[]: each element's bits times an odd number of its place's own, modulo 2**32."""
+    unsigned = {2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32).reshape(-1)
+    places = jnp.arange(bits.size, dtype=jnp.uint32)
+    return jnp.sum(bits * (places * jnp.uint32(2654435769) | jnp.uint32(1)), dtype=jnp.uint32)
 
 
 def _dropout(adapter_config: Mapping[str, Any]) -> float:
@@ -375,5 +421,7 @@ def _dropout(adapter_config: Mapping[str, Any]) -> float:
 
 
 def _require(name: str, value: Any, kind: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
-        raise ConfigError(f"{name}={value!r} must be a number of at least {least}")
+    fits = isinstance(value, kind) and not isinstance(value, bool)
+    if not fits or not value >= least or not math.isfinite(value):
+        what = "an integer" if kind is numbers.Integral else "a finite number"
+        raise ConfigError(f"{name}={value!r} must be {what} of at least {least}")

@@ -7,6 +7,7 @@ import itertools
 import threading
 
 import pytest
+import safetensors.numpy
 
 from slora_jax import (
     LLM,
@@ -164,6 +165,9 @@ def test_overload_is_refused_at_once_and_nothing_is_queued(llm: LLM, tiny: TinyM
             [1], None, 2
         )
 
+        with pytest.raises(InvalidRequestError, match="n=3 completions can never wait"):
+            await final(engine.generate([1], None, SamplingParams(n=3, max_tokens=2)))
+
     serve(llm, scenario, max_waiting=2)
 
 
@@ -197,6 +201,12 @@ def test_adapters_come_and_go_while_others_are_served(llm: LLM, tiny: TinyModel)
         await engine.load_adapter("new", tiny.adapters["all_reloaded"])
         output = await final(engine.generate([1, 2], "new", greedy(4)))
         assert tokens(output) == tiny.greedy([1, 2], "all_reloaded", 4)
+        others = safetensors.numpy.load_file(tiny.adapters["all"] / "adapter_model.safetensors")
+        await engine.update_adapter("new", others)
+        output = await final(engine.generate([1, 2], "new", greedy(4)))
+        assert tokens(output) == tiny.greedy([1, 2], "all", 4)
+        with pytest.raises(AdapterLoadError, match="tensors by PEFT's names"):
+            await engine.update_adapter("new", "path")
         with pytest.raises(AdapterLoadError):
             await engine.load_adapter("broken", tiny.directory / "nowhere")
         with pytest.raises(InvalidRequestError):

@@ -183,10 +183,16 @@ def test_what_cannot_be_saved_or_merged(base, arrays, saved, tmp_path):
         save_adapter(saved, arrays, ADAPTER, base)
     with pytest.raises(ConfigError, match="dtype='int8'"):
         save_adapter(tmp_path / "x", arrays, ADAPTER, base, dtype="int8")
+    huge = {name: np.full(np.shape(v), 1e30, np.float32) for name, v in arrays.items()}
+    with pytest.raises(AdapterLoadError, match="beyond float16"):
+        save_adapter(tmp_path / "x", huge, ADAPTER, base, dtype="float16")
+    with pytest.raises(AdapterLoadError, match="beyond float32"):
+        merge_adapter(base, huge, ADAPTER)
+    config = {**ADAPTER, "target_modules": set(ADAPTER["target_modules"])}  # as PEFT's to_dict
     written = tmp_path / "written"
     for factor in (1, 2):
         save_adapter(
-            written, {k: factor * v for k, v in arrays.items()}, ADAPTER, base, overwrite=True
+            written, {k: factor * v for k, v in arrays.items()}, config, base, overwrite=True
         )
     about = json.loads((written / "adapter_config.json").read_text())
     assert about["base_model_name_or_path"] == str(base.directory)

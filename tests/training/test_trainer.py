@@ -13,7 +13,16 @@ import jax
 import numpy as np
 import pytest
 
-from slora_jax import ConfigError, InvalidRequestError, TrainingError, load_base_model
+from slora_jax import (
+    LLM,
+    AdapterLoadError,
+    ConfigError,
+    InvalidRequestError,
+    TrainingError,
+    load_base_model,
+    merge_adapter,
+    write_llama,
+)
 from slora_jax.base_model import adapted_modules
 from slora_jax.training import (
     Example,
@@ -97,8 +106,9 @@ def test_the_seed_decides_weights_and_order(base):
 def test_resume_of_another_run_is_refused(base, unbroken, tmp_path):
     directory = shutil.copytree(unbroken[2], tmp_path / "copy")
 
-    def resume(adapter=ADAPTER, examples=None, **changes):
-        trainer = Trainer(base, adapter, dataclasses.replace(RUN, **changes))
+    def resume(adapter=ADAPTER, examples=None, on=base, start=None, optimizer=None, **changes):
+        run = dataclasses.replace(RUN, **changes)
+        trainer = Trainer(on, adapter, run, adapter=start, optimizer=optimizer)
         trainer.fit(examples or random_examples(), directory=directory, progress=False)
 
     with pytest.raises(TrainingError, match=r"learning_rate=0\.02, now 0\.5"):
@@ -107,6 +117,13 @@ def test_resume_of_another_run_is_refused(base, unbroken, tmp_path):
         resume(adapter={**ADAPTER, "lora_alpha": 9})
     with pytest.raises(TrainingError, match="another examples"):
         resume(examples=random_examples(seed=1))
+    start = unbroken[1]
+    with pytest.raises(TrainingError, match="another start"):
+        resume(start=start)
+    with pytest.raises(TrainingError, match="another optimizer"):
+        resume(optimizer=RUN.optimizer())
+    with pytest.raises(TrainingError, match="another base"):
+        resume(on=merge_adapter(base, start, ADAPTER))
     damaged = list(directory.rglob("arrays/_METADATA"))
     assert damaged
     for file in damaged:
@@ -123,6 +140,11 @@ def test_examples_that_cannot_be_used(base):
         ([Example((1,) * 32, (1,))], "max_length=32"),
         ([Example((1,), (384,))], "token id 384"),
         (["text"], "give an Example"),
+        ([Example("ab", "cd")], "token id 'a'"),
+        ([Example((-1,), (1,))], "token id -1"),
+        ([Example((1.5,), (1,))], "token id 1.5"),
+        ([Example(np.ones(2, int), np.ones(2, int))], "give an Example"),
+        (None, "a list of Example"),
     ):
         with pytest.raises(TrainingError, match=message):
             trainer.fit(examples, progress=False)
@@ -131,6 +153,9 @@ def test_examples_that_cannot_be_used(base):
         chat_example(base, [{"role": "user", "content": "Hi"}])
     with pytest.raises(InvalidRequestError, match="cannot be rendered"):
         chat_example(base, [{"content": "Hi"}, {"role": "assistant", "content": "Ho"}])
+    for last in ({"role": "assistant"}, {"role": "assistant", "content": 3}, "Ho"):
+        with pytest.raises(TrainingError, match="assistant's message"):
+            chat_example(base, [{"role": "user", "content": "Hi"}, last])
 
 
 def test_chat_example_is_what_chat_serves(base):
@@ -148,6 +173,9 @@ def test_chat_example_is_what_chat_serves(base):
         ({"batch_size": 2.0}, "batch_size=2.0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "below 2"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf"),
+        ({"packing": "no"}, "packing='no'"),
         ({"batch_size": 4, "gradient_accumulation_steps": 3}, "no multiple"),
     ],
 )
@@ -203,3 +231,38 @@ def test_dropout_hides_inputs_from_the_adapter(base):
 def test_peft_options_that_training_refuses(base, changes, message):
     with pytest.raises(ConfigError, match=message):
         Trainer(base, ADAPTER | changes, RUN)
+
+
+def test_a_base_that_cannot_be_trained_on(base, model_directory):
+    with pytest.raises(ConfigError, match="load_base_model"):
+        Trainer(str(model_directory), ADAPTER, RUN)
+    with pytest.raises(ConfigError, match="TrainingConfig"):
+        Trainer(base, ADAPTER, {"num_steps": 3})
+    with LLM(model_directory, tensor_parallel=2, progress=False, pool_bytes=2**21) as llm:
+        cut = llm.base_model
+        for call in (lambda: Trainer(cut, ADAPTER, RUN), lambda: merge_adapter(cut, "nowhere")):
+            with pytest.raises(ConfigError, match="cut over 2 devices"):
+                call()
+        with pytest.raises(ConfigError, match="cut over 2 devices"):
+            write_llama(model_directory / "written", cut)
+        with pytest.raises(ConfigError, match="to be served on"):
+            LLM(cut, progress=False)
+    with pytest.raises(ConfigError, match="to be served on"):
+        LLM(base, tensor_parallel=2, progress=False)
+    with pytest.raises(ConfigError, match="has been closed"):
+        Trainer(cut, ADAPTER, RUN)
+
+
+def test_a_loss_that_is_nan_ends_the_run(base, tmp_path):
+    run = dataclasses.replace(RUN, learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(TrainingError, match="the loss is"):
+        Trainer(base, ADAPTER, run).fit(random_examples(), progress=False)
+    zeros = init_adapter(adapted_modules(ADAPTER, base), seed=0)
+    name = next(iter(zeros))
+    for odd in (np.nan, 1j):
+        with pytest.raises(AdapterLoadError, match="finite real"):
+            Trainer(base, ADAPTER, RUN, adapter=zeros | {name: np.asarray(zeros[name]) + odd})
+    (tmp_path / "file").write_text("")
+    for directory in (tmp_path / "file", "~nobody-of-this-name/run"):
+        with pytest.raises(TrainingError, match="no checkpoints can be kept"):
+            Trainer(base, ADAPTER, RUN).fit(random_examples(), directory=directory)
