@@ -64,8 +64,13 @@ def test_more_tokens_than_a_register_has_rows():
 
 
 @pytest.mark.usefixtures("few_in_parallel")
-def test_a_token_does_not_depend_on_how_many_share_its_adapter():
-    """Alone, with a few others and in a tile of many it takes three paths: same bits."""
+@pytest.mark.parametrize("inputs", [2200, 4200])
+def test_a_token_does_not_depend_on_how_many_share_its_adapter(inputs):
+    """Alone, with a few others and in a tile of many it takes three paths: same bits.
+
+    A pair of units, the second one not full, or a pair and a unit that is not.
+    """
+    features = {"in_features": (128,) * 6 + (inputs,), "out_features": (128,) * 6 + (300,)}
     results = []
     for index in ([1, 0, 0], [1, 1, 2], [1] * 40 + [2] * 80):
         fixed = {0: np.random.default_rng(99), 1: np.random.default_rng(98)}
@@ -74,7 +79,7 @@ def test_a_token_does_not_depend_on_how_many_share_its_adapter():
             rng,
             suite.uniform(16, 32),
             np.pad(index, (0, 128 - len(index))),
-            features=SMALL,
+            features=features,
             rows_per_page=96,
             dtype=BF16,
             fixed=fixed,
