@@ -695,8 +695,8 @@ def _kernel(
         return field(item, LIST) * list_words + u * words
 
     def by_class(item: Any, act: Any) -> None:
-        for number, rank in enumerate(classes):
-            pl.when(field(item, CLASS) == number)(functools.partial(act, item, rank))
+        acts = [functools.partial(act, item, rank) for rank in classes]
+        jax.lax.switch(field(item, CLASS), acts)
 
     def is_single(item: Any) -> Any:
         """Whether no member has a second token in this round."""
@@ -1120,8 +1120,8 @@ def _prefill_kernel(
             leaving[slot, 0] = 0
 
     def by_class(item: Any, act: Any) -> None:
-        for number, rank in enumerate(classes):
-            pl.when(field(item, T_CLASS) == number)(functools.partial(act, item, rank))
+        acts = [functools.partial(act, item, rank) for rank in classes]
+        jax.lax.switch(field(item, T_CLASS), acts)
 
     def run_of(item: Any) -> tuple[Any, Any, Any]:
         """(adapter, its rank, rows of its run)."""

@@ -60,7 +60,9 @@ def test_as_many_in_parallel_as_there_are():
 @pytest.mark.usefixtures("few_in_parallel")
 def test_more_tokens_than_a_register_has_rows():
     index = np.random.default_rng(10).integers(0, 4, 40)
-    check(10, suite.uniform(8, 3, 16), index, rows_per_page=32, groups=(("q", "k", "v"),))
+    features = SMALL | {"out_features": (2200, *SMALL["out_features"][1:])}
+    ranks = suite.uniform(8, 3, 16)
+    check(10, ranks, index, features=features, rows_per_page=32, groups=(("q", "k", "v"),))
 
 
 @pytest.mark.usefixtures("few_in_parallel")
@@ -68,9 +70,9 @@ def test_more_tokens_than_a_register_has_rows():
 def test_a_token_does_not_depend_on_how_many_share_its_adapter(inputs):
     """Alone, with a few others and in a tile of many it takes three paths: same bits.
 
-    A pair of units, the second one not full, or a pair and a unit that is not.
+    A pair of units of blocks, or a pair and a unit; the last one is not full.
     """
-    features = {"in_features": (128,) * 6 + (inputs,), "out_features": (128,) * 6 + (300,)}
+    features = {"in_features": (128,) * 6 + (inputs,), "out_features": (128,) * 6 + (inputs,)}
     results = []
     for index in ([1, 0, 0], [1, 1, 2], [1] * 40 + [2] * 80):
         fixed = {0: np.random.default_rng(99), 1: np.random.default_rng(98)}
