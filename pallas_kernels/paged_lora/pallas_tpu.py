@@ -10,8 +10,9 @@ that are read once. One program an item, its copies started two items ahead from
 their terms to where they belong; nothing is gathered by XLA. Block-diagonal trick: 16 column
 blocks of x, as rows, meet the 16 r rows of A of these blocks in one product, of which only a
 block's own r columns count; their sum, h, is laid out block-diagonally and meets the rows of Bᵀ
-likewise. So A and Bᵀ are used as they lie, for any rank. With several tokens a row is (block,
-token) instead.
+likewise. So A and Bᵀ are used as they lie, for any rank. Two such units of 16 blocks go side by
+side into one product, 256 deep in the shrink and 256 wide in the expand. With several tokens a row
+is (block, token) instead.
 
 Prefill (MBGMM): steps of ``TILE`` tokens or more are cut into tiles of tokens as they lie. Where
 ``TILE_TOKENS`` or more tokens of a tile have one adapter, an item is the tile, a target and that
@@ -19,8 +20,9 @@ adapter: each column block of x meets its r rows of A, h meets Bᵀ, and y's win
 VMEM meanwhile, is added to in place. The terms that decode has computed for the tile's other tokens
 are added there too.
 
-All forms add in the same order (of 16 sums of blocks, those 8 apart first, then 4, 2, 1), so that
-a token's bits do not depend on how many share its adapter.
+All forms add in the same order (pairs of blocks 16 apart in one product, those pairs; of the 16
+sums then those 8 apart first, then 4, 2, 1), so that a token's bits do not depend on how many share
+its adapter.
 """
 
 from __future__ import annotations
@@ -811,9 +813,7 @@ def _kernel(
         base = u * _region_rows(rank, in_blocks, out_blocks) + step * rows
         base += of_b * _padded(in_blocks * rank, SEGMENT_ROWS)
         starts = [base + (first + n) * BLOCK_MULTIPLE * rank for n in range(count)]
-        parts = [
-            weights[buffer, pl.ds(_multiple_of(row, SEGMENT_ROWS), rows), :] for row in starts
-        ]
+        parts = [weights[buffer, pl.ds(_multiple_of(row, SEGMENT_ROWS), rows), :] for row in starts]
         return jnp.concatenate(parts, axis=1)
 
     def scale_of(item: Any, u: int, rank: int) -> Any:
