@@ -59,8 +59,9 @@ def test_as_many_in_parallel_as_there_are():
 
 @pytest.mark.usefixtures("few_in_parallel")
 def test_more_tokens_than_a_register_has_rows():
+    """To targets of a pair of units of blocks, and of one."""
     index = np.random.default_rng(10).integers(0, 4, 40)
-    features = SMALL | {"out_features": (2200, *SMALL["out_features"][1:])}
+    features = {"in_features": (2200,) * 7, "out_features": (2200,) + (40,) * 6}
     ranks = suite.uniform(8, 3, 16)
     check(10, ranks, index, features=features, rows_per_page=32, groups=(("q", "k", "v"),))
 
