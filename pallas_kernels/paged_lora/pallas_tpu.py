@@ -10,8 +10,9 @@ that are read once. One program an item, its copies started two items ahead from
 their terms to where they belong; nothing is gathered by XLA. Block-diagonal trick: 16 column
 blocks of x, as rows, meet the 16 r rows of A of these blocks in one product, of which only a
 block's own r columns count; their sum, h, is laid out block-diagonally and meets the rows of Bᵀ
-likewise. So A and Bᵀ are used as they lie, for any rank. With several tokens a row is (block,
-token) instead.
+likewise. So A and Bᵀ are used as they lie, for any rank. Two such units of 16 blocks go side by
+side into one product, 256 deep in the shrink and 256 wide in the expand. With several tokens a row
+is (block, token) instead.
 
 Prefill (MBGMM): steps of ``TILE`` tokens or more are cut into tiles of tokens as they lie. Where
 ``TILE_TOKENS`` or more tokens of a tile have one adapter, an item is the tile, a target and that
@@ -19,8 +20,9 @@ adapter: each column block of x meets its r rows of A, h meets Bᵀ, and y's win
 VMEM meanwhile, is added to in place. The terms that decode has computed for the tile's other tokens
 are added there too.
 
-All forms add in the same order (of 16 sums of blocks, those 8 apart first, then 4, 2, 1), so that
-a token's bits do not depend on how many share its adapter.
+All forms add in the same order (pairs of blocks 16 apart in one product, those pairs; of the 16
+sums then those 8 apart first, then 4, 2, 1), so that a token's bits do not depend on how many share
+its adapter.
 """
 
 from __future__ import annotations
@@ -555,6 +557,15 @@ def _loop(trips: Any, body: Any, carry: Any) -> Any:
     return jax.lax.fori_loop(0, trips, body, carry)
 
 
+def _by_pairs(units: Any, act: Any, carry: Any) -> Any:
+    """``act(first, count, carry)`` over units of 16 blocks, two at a time: side by side they fill
+    the matrix unit of v6e, 256 by 256, in the time of one.
+    """
+    pairs = units // 2
+    carry = _loop(pairs, lambda pair, carry: act(pair * 2, 2, carry), carry)
+    return _loop(units - pairs * 2, lambda _, carry: act(pairs * 2, 1, carry), carry)
+
+
 def _for_each(count: Any, act: Any) -> None:
     """``act`` on 0 up to ``count``, four at a time: one alone is a chain of waits for scalars."""
     fours = jax.lax.div(count, 4)
@@ -686,8 +697,8 @@ def _kernel(
         return field(item, LIST) * list_words + u * words
 
     def by_class(item: Any, act: Any) -> None:
-        for number, rank in enumerate(classes):
-            pl.when(field(item, CLASS) == number)(functools.partial(act, item, rank))
+        acts = [functools.partial(act, item, rank) for rank in classes]
+        jax.lax.switch(field(item, CLASS), acts)
 
     def is_single(item: Any) -> Any:
         """Whether no member has a second token in this round."""
@@ -793,11 +804,17 @@ def _kernel(
         pl.when(single)(lambda: compute_one(item, rank))
         pl.when(jnp.logical_not(single))(lambda: compute_some(item, rank))
 
-    def unit_row(u: int, of_b: bool, index: Any, rank: int) -> Any:
-        """Where the rows of 16 blocks of one member's A or Bᵀ begin in ``weights``."""
-        row = u * _region_rows(rank, in_blocks, out_blocks)
-        row += of_b * _padded(in_blocks * rank, SEGMENT_ROWS)
-        return _multiple_of(row + index * BLOCK_MULTIPLE * rank, SEGMENT_ROWS)
+    def units(
+        buffer: Any, u: int, of_b: bool, first: Any, count: int, rank: int, rows: int, step: int = 0
+    ) -> jax.Array:
+        """[rows, count * 128], side by side: from each of these units (16 blocks of one member's
+        A or Bᵀ) the rows from ``step * rows`` on.
+        """
+        base = u * _region_rows(rank, in_blocks, out_blocks) + step * rows
+        base += of_b * _padded(in_blocks * rank, SEGMENT_ROWS)
+        starts = [base + (first + n) * BLOCK_MULTIPLE * rank for n in range(count)]
+        parts = [weights[buffer, pl.ds(_multiple_of(row, SEGMENT_ROWS), rows), :] for row in starts]
+        return jnp.concatenate(parts, axis=1)
 
     def scale_of(item: Any, u: int, rank: int) -> Any:
         """Of a member that is not there: anything."""
@@ -819,20 +836,19 @@ def _kernel(
         row = jax.lax.broadcasted_iota(jnp.int32, (BLOCK_MULTIPLE, unit), 0)
         own = jax.lax.broadcasted_iota(jnp.int32, (BLOCK_MULTIPLE, unit), 1) // rank == row
 
-        def shrink(index: Any, sums: Any) -> Any:
-            first = _multiple_of(index * BLOCK_MULTIPLE, BLOCK_MULTIPLE)
-            return tuple(
-                total
-                + dot(
-                    x_in[place, u * SLOTS, pl.ds(first, BLOCK_MULTIPLE), :],
-                    weights[buffer, pl.ds(unit_row(u, False, index, rank), unit), :],
-                    transposed=True,
-                )
-                for u, total in enumerate(sums)
-            )
+        def blocks_of(index: Any) -> Any:
+            return pl.ds(_multiple_of(index * BLOCK_MULTIPLE, BLOCK_MULTIPLE), BLOCK_MULTIPLE)
+
+        def shrink(first: Any, count: int, sums: Any) -> Any:
+            sums = list(sums)
+            for u in parallel:
+                mine = [x_in[place, u * SLOTS, blocks_of(first + n), :] for n in range(count)]
+                rows = units(buffer, u, False, first, count, rank, unit)
+                sums[u] += dot(jnp.concatenate(mine, axis=1), rows, transposed=True)
+            return tuple(sums)
 
         sums = (jnp.zeros((BLOCK_MULTIPLE, unit), jnp.float32),) * len(parallel)
-        sums = _loop(x_blocks // BLOCK_MULTIPLE, shrink, sums)
+        sums = _by_pairs(x_blocks // BLOCK_MULTIPLE, shrink, sums)
         hidden = []
         for u, total in enumerate(sums):
             mine = jnp.sum(jnp.where(own, total, 0.0), axis=0, keepdims=True)
@@ -840,14 +856,15 @@ def _kernel(
             mine = jnp.concatenate([mine] * (unit // mine.shape[1]), axis=1)
             hidden.append(jnp.where(own, mine, 0.0).astype(weights.dtype))
 
-        def expand(index: Any, _: Any) -> Any:
-            first = _multiple_of(index * BLOCK_MULTIPLE, BLOCK_MULTIPLE)
+        def expand(first: Any, count: int, _: Any) -> Any:
             for u in parallel:
-                rows = weights[buffer, pl.ds(unit_row(u, True, index, rank), unit), :]
-                y_out[parity, u * SLOTS, pl.ds(first, BLOCK_MULTIPLE), :] = dot(hidden[u], rows)
+                terms = dot(hidden[u], units(buffer, u, True, first, count, rank, unit))
+                for n in range(count):
+                    mine = terms[:, n * LANES : (n + 1) * LANES]
+                    y_out[parity, u * SLOTS, blocks_of(first + n), :] = mine
             return 0
 
-        _loop(out_trips(item), expand, 0)
+        _by_pairs(out_trips(item), expand, 0)
         for_singles(item, lambda *at: y_copy(item, parity, *at).start())
 
     def compute_some(item: Any, rank: int) -> None:
@@ -861,10 +878,6 @@ def _kernel(
         parallel = range(in_parallel(rank))
         own_block = jax.lax.broadcasted_iota(jnp.int32, (SLOTS, chunk_rows), 1) // rank
 
-        def chunk(u: int, of_b: bool, index: Any, step: int) -> jax.Array:
-            row = unit_row(u, of_b, index, rank) + step * chunk_rows
-            return weights[buffer, pl.ds(_multiple_of(row, SEGMENT_ROWS), chunk_rows), :]
-
         def rows_of(index: Any, step: int) -> Any:
             return pl.ds(_multiple_of((index * steps + step) * width, SLOTS), width)
 
@@ -874,17 +887,18 @@ def _kernel(
 
         for_tokens(item, spread)
 
-        def shrink(index: Any, sums: Any) -> Any:
+        def shrink(first: Any, count: int, sums: Any) -> Any:
             sums = list(sums)
             for u in parallel:
                 for step in range(steps):
-                    rows = x_rows[u, rows_of(index, step), :].astype(weights.dtype)
-                    product = dot(rows, chunk(u, False, index, step), transposed=True)
-                    sums[u * steps + step] += product
+                    mine = [x_rows[u, rows_of(first + n, step), :] for n in range(count)]
+                    mine = jnp.concatenate(mine, axis=1).astype(weights.dtype)
+                    rows = units(buffer, u, False, first, count, rank, chunk_rows, step)
+                    sums[u * steps + step] += dot(mine, rows, transposed=True)
             return tuple(sums)
 
         sums = (jnp.zeros((width, chunk_rows), jnp.float32),) * (len(parallel) * steps)
-        sums = _loop(x_blocks // BLOCK_MULTIPLE, shrink, sums)
+        sums = _by_pairs(x_blocks // BLOCK_MULTIPLE, shrink, sums)
         hidden = []
         for u in parallel:
             parts = []
@@ -900,13 +914,17 @@ def _kernel(
             diagonal = [jnp.where(own_block == block, mine, 0.0) for block in range(blocks)]
             hidden.append(jnp.concatenate(diagonal, axis=0).astype(weights.dtype))
 
-        def expand(index: Any, _: Any) -> Any:
+        def expand(first: Any, count: int, _: Any) -> Any:
             for u in parallel:
                 for step in range(steps):
-                    y_rows[u, rows_of(index, step), :] = dot(hidden[u], chunk(u, True, index, step))
+                    rows = units(buffer, u, True, first, count, rank, chunk_rows, step)
+                    terms = dot(hidden[u], rows)
+                    for n in range(count):
+                        mine = terms[:, n * LANES : (n + 1) * LANES]
+                        y_rows[u, rows_of(first + n, step), :] = mine
             return 0
 
-        _loop(out_trips(item), expand, 0)
+        _by_pairs(out_trips(item), expand, 0)
 
         def send(u: Any, slot: Any, token: Any) -> None:
             y_out[parity, u * SLOTS + slot] = y_rows[u, pl.ds(slot, y_blocks, SLOTS), :]
@@ -1102,8 +1120,8 @@ def _prefill_kernel(
             leaving[slot, 0] = 0
 
     def by_class(item: Any, act: Any) -> None:
-        for number, rank in enumerate(classes):
-            pl.when(field(item, T_CLASS) == number)(functools.partial(act, item, rank))
+        acts = [functools.partial(act, item, rank) for rank in classes]
+        jax.lax.switch(field(item, T_CLASS), acts)
 
     def run_of(item: Any) -> tuple[Any, Any, Any]:
         """(adapter, its rank, rows of its run)."""
@@ -1176,25 +1194,30 @@ def _prefill_kernel(
             row = base + index * (BLOCK_MULTIPLE * rank) + number * chunk
             return weights[slot, pl.ds(_multiple_of(row, SEGMENT_ROWS), chunk), :]
 
-        def shrink(index: Any, most: int) -> None:
-            """Blocks ``16 index`` and up: of a product with a chunk only its own columns count."""
-            for number in range(-(-most // blocks)):
-                rows = chunk_at(0, index, number)
+        def shrink(first: Any, most: int) -> None:
+            """Two units of 16 blocks, of which there are ``most``, with the same columns side by
+            side: of a product with a chunk only its own columns count.
+            """
+            for number in range(-(-min(most, BLOCK_MULTIPLE) // blocks)):
                 lanes = slice(number * chunk, (number + 1) * chunk)
                 mine = jnp.zeros((TILE, chunk), jnp.float32)
                 for place in range(min(blocks, most - number * blocks)):
-                    block = index * BLOCK_MULTIPLE + number * blocks + place
-                    columns = pl.ds(_multiple_of(block * LANES, LANES), LANES)
-                    product = dot(x_in[x_slot, :, columns], rows, transposed=True)
+                    within = number * blocks + place
+                    both = range(1 + (BLOCK_MULTIPLE + within < most))
+                    here = [((first + n) * BLOCK_MULTIPLE + within) * LANES for n in both]
+                    here = [pl.ds(_multiple_of(column, LANES), LANES) for column in here]
+                    inputs = jnp.concatenate([x_in[x_slot, :, at] for at in here], axis=1)
+                    rows = jnp.concatenate([chunk_at(0, first + n, number) for n in both], axis=1)
+                    product = dot(inputs, rows, transposed=True)
                     mine = product if blocks == 1 else jnp.where(group == place, product, mine)
                 sums[:, lanes] += mine
 
         sums[:, : BLOCK_MULTIPLE * rank] = jnp.zeros((TILE, BLOCK_MULTIPLE * rank), jnp.float32)
-        whole, rest = divmod(in_blocks, BLOCK_MULTIPLE)
+        whole, rest = divmod(in_blocks, 2 * BLOCK_MULTIPLE)
         if whole:
-            pl.loop(0, whole)(lambda index: shrink(index, BLOCK_MULTIPLE))
+            pl.loop(0, whole)(lambda pair: shrink(pair * 2, 2 * BLOCK_MULTIPLE))
         if rest:
-            shrink(whole, rest)
+            shrink(whole * 2, rest)
 
         adapter = field(item, T_ADAPTER)
         hidden = _sum_of_blocks(sums[:, : BLOCK_MULTIPLE * rank], rank)

@@ -59,13 +59,21 @@ def test_as_many_in_parallel_as_there_are():
 
 @pytest.mark.usefixtures("few_in_parallel")
 def test_more_tokens_than_a_register_has_rows():
+    """To targets of a pair of units of blocks, and of one."""
     index = np.random.default_rng(10).integers(0, 4, 40)
-    check(10, suite.uniform(8, 3, 16), index, rows_per_page=32, groups=(("q", "k", "v"),))
+    features = {"in_features": (2200,) * 7, "out_features": (2200,) + (40,) * 6}
+    ranks = suite.uniform(8, 3, 16)
+    check(10, ranks, index, features=features, rows_per_page=32, groups=(("q", "k", "v"),))
 
 
 @pytest.mark.usefixtures("few_in_parallel")
-def test_a_token_does_not_depend_on_how_many_share_its_adapter():
-    """Alone, with a few others and in a tile of many it takes three paths: same bits."""
+@pytest.mark.parametrize("inputs", [2200, 4200])
+def test_a_token_does_not_depend_on_how_many_share_its_adapter(inputs):
+    """Alone, with a few others and in a tile of many it takes three paths: same bits.
+
+    A pair of units of blocks, or a pair and a unit; the last one is not full.
+    """
+    features = {"in_features": (128,) * 6 + (inputs,), "out_features": (128,) * 6 + (inputs,)}
     results = []
     for index in ([1, 0, 0], [1, 1, 2], [1] * 40 + [2] * 80):
         fixed = {0: np.random.default_rng(99), 1: np.random.default_rng(98)}
@@ -74,7 +82,7 @@ def test_a_token_does_not_depend_on_how_many_share_its_adapter():
             rng,
             suite.uniform(16, 32),
             np.pad(index, (0, 128 - len(index))),
-            features=SMALL,
+            features=features,
             rows_per_page=96,
             dtype=BF16,
             fixed=fixed,
