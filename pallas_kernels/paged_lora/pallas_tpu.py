@@ -44,9 +44,11 @@ from pallas_kernels.layout import (
     SEGMENT_ROWS,
     TARGETS,
     AdapterLayout,
+    KVLayout,
 )
 from pallas_kernels.paged_lora.batch import LoraBatch
-from pallas_kernels.tpu import VMEM_BYTES, check_support, dot
+from pallas_kernels.tpu import VMEM_BYTES, dot
+from pallas_kernels.tpu import check_support as check_chip
 
 __all__ = ["check_support", "decode", "paged_lora", "prefill", "prepare"]
 
@@ -171,6 +173,27 @@ def _region_rows(rank: int, in_blocks: int, out_blocks: tuple[int, ...]) -> int:
     as no weight of zero stops a NaN.
     """
     return _run_rows(rank, in_blocks, _padded(max(out_blocks), BLOCK_MULTIPLE))
+
+
+def check_support(
+    device: Any, *, dtype: Any, num_heads: int, kv: KVLayout, adapters: AdapterLayout
+) -> None:
+    """NotImplementedError, with the reason, where this module cannot serve.
+
+    Besides chip and dtype: ``_cut`` cannot cut a run that has fewer units of eight rows than the
+    widest target's touches pages.
+    """
+    check_chip(device, dtype=dtype, num_heads=num_heads, kv=kv, adapters=adapters)
+    for group in GROUPS:
+        in_blocks, out_blocks = _group_shape(adapters, group)
+        for rank in CLASSES:
+            least = rank if rank == RANK_MULTIPLE else rank // 2 + RANK_MULTIPLE  # of its class
+            units = _run_rows(least, in_blocks, min(out_blocks)) // RANK_MULTIPLE
+            if units < _pieces(rank, in_blocks, out_blocks, adapters.rows_per_page):
+                raise NotImplementedError(
+                    f"LoRA on TPUs does not take pages of {adapters.rows_per_page} rows beside "
+                    f"{', '.join(group)} of {out_blocks} blocks: choose a larger page_size"
+                )
 
 
 def _pieces(rank: int, in_blocks: int, out_blocks: tuple[int, ...], rows_per_page: int) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.layout import GROUPS, TARGETS, AdapterLayout, KVLayout
+from pallas_kernels.layout import GROUPS, LANES, TARGETS, AdapterLayout, KVLayout
 from pallas_kernels.paged_lora.batch import LoraBatch, lora_bucket_sizes
 from tests.kernels import test_paged_lora as suite
 from tests.kernels.aot_tpu import tpu_compile
@@ -220,3 +220,15 @@ def test_compiles(name, chip):
     memory, pool_bytes = program.memory_analysis(), 2 * int(np.prod(pool.shape))
     assert memory.alias_size_in_bytes >= pool_bytes
     assert memory.temp_size_in_bytes < pool_bytes // 10
+
+
+def test_pages_too_small_for_the_narrowest_target_are_declined():
+    from pallas_kernels.paged_lora import pallas_tpu
+
+    device = type("Device", (), {"device_kind": "TPU v6 lite", "platform": "tpu"})()
+    outputs = (18 * LANES, LANES, LANES)
+    layout = AdapterLayout((LANES,) * 7, (*outputs, LANES, LANES, LANES, LANES), rows_per_page=32)
+    with pytest.raises(NotImplementedError, match="larger page_size"):
+        pallas_tpu.check_support(
+            device, dtype=BF16, num_heads=1, kv=KVLayout(1, 128, 16), adapters=layout
+        )
