@@ -302,6 +302,17 @@ def _pick(values: tuple[int, ...], index: Any) -> Any:
     return result
 
 
+def _store(ref: Any, values: Any, *, optimized: bool) -> None:
+    """``ref[...] = values``; unless ``optimized``, whatever bank conflicts that costs.
+
+    jax 0.12 must be told, and has an operation for it; 0.11 falls back by itself.
+    """
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, values, optimized=optimized)
+    else:
+        ref[...] = values
+
+
 def _add(staged: Any, y: Any, token: Any, block: Any, real: Any) -> None:
     """Add a window staged in shared memory to y [T, blocks, 128]; what is past its end is lost.
 
@@ -656,7 +667,7 @@ def _decode(
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # two places take turns
                     first = pl.multiple_of(lax.rem(w, 2) * (room * WINDOW), WINDOW)
                     staged = ys.at[pl.ds(first, room * WINDOW)]
-                    staged.transpose((1, 0))[...] = delta.astype(dtype)
+                    _store(staged.transpose((1, 0)), delta.astype(dtype), optimized=aligned)
                     plgpu.commit_smem()
                     at = _pick(places, item.target) + w * WINDOW
 
