@@ -16,6 +16,7 @@ from slora_jax.errors import CapacityError as CapacityError
 from slora_jax.errors import ConfigError as ConfigError
 from slora_jax.errors import DeadlineExceededError as DeadlineExceededError
 from slora_jax.errors import EngineClosedError as EngineClosedError
+from slora_jax.errors import EngineInUseError as EngineInUseError
 from slora_jax.errors import HostLostError as HostLostError
 from slora_jax.errors import InvalidRequestError as InvalidRequestError
 from slora_jax.errors import ModelLoadError as ModelLoadError
@@ -49,6 +50,7 @@ __all__ = [
     "DeadlineExceededError",
     "EngineClosedError",
     "EngineConfig",
+    "EngineInUseError",
     "EngineStats",
     "HostLostError",
     "InvalidRequestError",

@@ -82,7 +82,8 @@ class AsyncLLM:
         ...         print(out.outputs[0].text)
 
     Args:
-        llm: what to serve. Until ``shutdown`` gives it back, do not call it.
+        llm: what to serve, alone: until ``shutdown`` gives it back, its own methods raise
+            EngineInUseError; its ``close`` shuts this down.
         max_waiting: most requests (each of ``n`` completions counts) that may wait for admission;
             more are refused with OverloadedError.
 
@@ -90,6 +91,11 @@ class AsyncLLM:
     step fails, the requests that were running end with RequestFailedError and its cause, those that
     wait are served by a new pool; after ``MOST_FAILURES`` in a row, or where there can be no new
     pool, all end with EngineClosedError, and so does everything that is asked later.
+
+    Raises:
+        ConfigError: ``max_waiting`` is no positive integer.
+        EngineInUseError: another AsyncLLM serves the LLM, or requests of its own are running.
+        EngineClosedError: the LLM was closed.
     """
 
     def __init__(self, llm: LLM, *, max_waiting: int = 1024):
@@ -110,6 +116,7 @@ class AsyncLLM:
         self._when_idle: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self._num_failures = 0
         self._thread = threading.Thread(target=self._serve, name="slora-jax engine", daemon=True)
+        llm._lend(self._thread, end=lambda: self._end("its LLM was closed"))
         self._thread.start()
 
     # -- requests ---------------------------------------------------------------------------------
@@ -246,9 +253,13 @@ class AsyncLLM:
         """End all requests with EngineClosedError and give the LLM back, as it is, to whoever made
         it. Doing it twice is fine. ``drain`` first lets requests finish.
         """
+        await asyncio.to_thread(self._end, "shutdown() was called")
+
+    def _end(self, why: str) -> None:
+        """Does not return before the engine thread has ended."""
         with contextlib.suppress(EngineClosedError):
-            self._ask(lambda: self._close("shutdown() was called", None), lambda error: None)
-        await asyncio.to_thread(self._thread.join)
+            self._ask(lambda: self._close(why, None), lambda error: None)
+        self._thread.join()
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -307,6 +318,8 @@ class AsyncLLM:
         except BaseException as error:
             logger.exception("the engine thread fails")
             self._close(f"the engine thread failed: {error!r}", error)
+        finally:
+            self._llm._take_back()
 
     def _turn(self) -> None:
         """Do what was asked for, then one step."""

@@ -14,6 +14,7 @@
     │   └── DeadlineExceededError   it would have got its first token too late
     ├── OverloadedError         too many requests wait already: try again later
     ├── EngineClosedError       the engine has been closed
+    ├── EngineInUseError        somebody else has the engine for itself
     └── HostLostError           another process that serves the same model is gone
 
 Each is raised before any device work for the request it concerns, and leaves the engine serving;
@@ -87,6 +88,10 @@ class OverloadedError(SloraError):
 
 class EngineClosedError(SloraError):
     """The engine was closed: its device memory is gone, make a new ``LLM``."""
+
+
+class EngineInUseError(SloraError):
+    """An ``AsyncLLM`` serves this ``LLM``, or cannot while requests run that it would not know."""
 
 
 class HostLostError(SloraError):

@@ -35,6 +35,7 @@ from slora_jax.errors import (
     AdapterLoadError,
     CapacityError,
     ConfigError,
+    EngineInUseError,
     InvalidRequestError,
     RequestFailedError,
     SloraError,
@@ -74,6 +75,30 @@ class _ReadAdapter:
     reload: Callable[[], PackedAdapter] | None
 
 
+class _Turns:
+    """The lock under which threads take turns at an engine, or one thread has it for itself."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._owner: threading.Thread | None = None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if self._owner not in (None, threading.current_thread()):
+            self._lock.release()
+            raise EngineInUseError(
+                "an AsyncLLM serves this LLM: call the AsyncLLM, or shut it down first"
+            )
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._lock.release()
+
+    def keep_to(self, owner: threading.Thread | None) -> None:
+        """From now on only ``owner`` gets in; None: everybody."""
+        with self._lock:
+            self._owner = owner
+
+
 class LLM:
     """Many LoRA adapters of one Llama base model, served together.
 
@@ -98,7 +123,8 @@ class LLM:
         ConfigError: an option is unknown or cannot work with this model and device.
         ModelLoadError: the base model cannot be read or is not supported.
 
-    May be used from several threads; their requests share the steps.
+    May be used from several threads; their requests share the steps. While an ``AsyncLLM`` serves
+    it, its methods raise EngineInUseError, but for ``close``.
     """
 
     def __init__(
@@ -129,7 +155,8 @@ class LLM:
                 model, dtype=self._dtype, mesh=mesh, progress=progress
             )
         self.tokenizer = self._loaded.tokenizer
-        self._lock = threading.RLock()
+        self._lock = _Turns()
+        self._end_server: Callable[[], None] | None = None
         self._engine = self._make_engine(config)
 
     @property
@@ -351,9 +378,7 @@ class LLM:
         finally:
             self._abort_all(generations)
         with self._lock:
-            outputs = [self._engine.output(generation) for generation in generations]
-        _raise_failures(outputs)
-        return outputs
+            return self._outputs_of(generations)
 
     def _stream(self, checked: list[_Checked]) -> Iterator[tuple[int, RequestOutput]]:
         generations: list[Generation] = []
@@ -376,7 +401,16 @@ class LLM:
         finally:
             self._abort_all(generations)
         with self._lock:
-            _raise_failures([self._engine.output(generation) for generation in generations])
+            self._outputs_of(generations)
+
+    def _outputs_of(self, generations: list[Generation]) -> list[RequestOutput]:
+        """Of generations that have ended, unless one failed, or the engine was closed under it."""
+        outputs = [self._engine.output(generation) for generation in generations]
+        _raise_failures(outputs)
+        ends = [completion.finish_reason for output in outputs for completion in output.outputs]
+        if "abort" in ends:  # all that its caller did not abort
+            self._engine.check_open()
+        return outputs
 
     def _step(self) -> None:
         with self._lock:
@@ -423,8 +457,7 @@ class LLM:
         Args:
             name: what ``adapter_ids`` will call it.
             source: a PEFT directory, a hub id, or tensors by PEFT's names (numpy or jax arrays)
-            with
-                PEFT's configuration in ``config``.
+                with PEFT's configuration in ``config``.
             config: PEFT's ``adapter_config.json`` as a dict, with arrays only.
             pinned: bring it into the pool now and keep it there.
 
@@ -613,10 +646,32 @@ class LLM:
     def close(self) -> None:
         """Abort what runs and give the device memory back. Closing twice is fine.
 
-        A ``LoadedModel`` that was given stays: it is the caller's.
+        A ``LoadedModel`` that was given stays: it is the caller's. An ``AsyncLLM`` that serves this
+        is shut down first.
         """
+        end_server = self._end_server
+        if end_server is not None:
+            end_server()
         with self._lock:
             self._engine.close()
+
+    def _lend(self, owner: threading.Thread, end: Callable[[], None]) -> None:
+        """Serve ``owner`` alone until ``_take_back``; ``end`` makes it give this back.
+
+        Raises:
+            EngineInUseError: another thread has it, or requests run that the owner does not know.
+            EngineClosedError: closed.
+        """
+        with self._lock:
+            self._engine.check_open()
+            if self._engine.has_unfinished:
+                raise EngineInUseError("requests of this LLM are still running: let them end first")
+            self._lock.keep_to(owner)
+            self._end_server = end
+
+    def _take_back(self) -> None:
+        self._end_server = None
+        self._lock.keep_to(None)
 
     def follow(self) -> None:
         """Where several processes serve one model: in all but process 0, do what that one does,

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import itertools
 import threading
+import time
 
 import pytest
 import safetensors.numpy
@@ -17,6 +18,7 @@ from slora_jax import (
     ConfigError,
     DeadlineExceededError,
     EngineClosedError,
+    EngineInUseError,
     InvalidRequestError,
     OverloadedError,
     RequestFailedError,
@@ -243,6 +245,73 @@ def test_shutdown_answers_everyone(llm: LLM):
 
     asyncio.run(asyncio.wait_for(main(), timeout=100))
     assert_only_idle_adapters_left(llm)
+
+
+def test_an_llm_that_is_served_answers_nobody_else(llm: LLM, tiny: TinyModel):
+    async def main():
+        async with AsyncLLM(llm) as engine:
+            task = asyncio.create_task(final(engine.generate([1, 2], "qv", greedy(30))))
+            for refused in (
+                lambda: llm.generate([[1]], progress=False),
+                llm.stats,
+                lambda: llm.unload_adapter("qv"),
+                lambda: AsyncLLM(llm),
+            ):
+                with pytest.raises(EngineInUseError, match="an AsyncLLM serves this LLM"):
+                    refused()
+            assert tokens(await task) == tiny.greedy([1, 2], "qv", 30)
+
+    asyncio.run(asyncio.wait_for(main(), timeout=100))
+    (output,) = llm.generate([[1, 2]], "qv", greedy(9), progress=False)
+    assert tokens(output) == tiny.greedy([1, 2], "qv", 9)
+
+
+def test_closing_an_llm_that_is_served_answers_everyone(compiled_llm: LLM, monkeypatch):
+    async def main(llm):
+        engine = AsyncLLM(llm)
+        tasks = [
+            asyncio.create_task(final(engine.generate([k], None, greedy(100)))) for k in range(9)
+        ]
+        while (await engine.stats()).requests_running == 0:
+            await asyncio.sleep(0.001)
+        llm.close()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(result, EngineClosedError)
+            assert "its LLM was closed" in str(result)
+        await engine.shutdown()
+        with pytest.raises(EngineClosedError, match="close"):
+            AsyncLLM(llm)
+
+    monkeypatch.setattr(compiled_llm._engine._runner, "close", lambda: None)  # others need it
+    with fresh_engine(compiled_llm, {}, **SERVED) as llm:
+        asyncio.run(asyncio.wait_for(main(llm), timeout=100))
+
+
+def test_a_generate_whose_llm_another_thread_closes_says_so(compiled_llm: LLM, monkeypatch):
+    monkeypatch.setattr(compiled_llm._engine._runner, "close", lambda: None)  # others need it
+    errors = []
+
+    def ask(llm):
+        with pytest.raises(EngineClosedError, match="close") as caught:
+            llm.generate([[1, 2], [3]], None, greedy(100), progress=False)
+        errors.append(caught.value)
+
+    with fresh_engine(compiled_llm, {}, **SERVED) as llm:
+        asking = threading.Thread(target=ask, args=(llm,))
+        asking.start()
+        while llm.stats().requests_running == 0:
+            time.sleep(0.001)
+        llm.close()
+        asking.join(timeout=60)
+    assert len(errors) == 1
+
+
+def test_requests_that_run_are_not_handed_over(llm: LLM):
+    stream = llm.stream([[1, 2]], None, greedy(20))
+    next(stream)
+    with pytest.raises(EngineInUseError, match="still running"):
+        AsyncLLM(llm)
+    assert list(stream)[-1][1].finished
 
 
 def test_draining_finishes_what_was_accepted_and_takes_no_more(llm: LLM, tiny: TinyModel):
