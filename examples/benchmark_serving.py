@@ -18,6 +18,13 @@ Several numbers of adapters are served one after the other by one engine. All si
 compiled first; each workload is run once to warm up, then `--runs` times, and the fastest is
 reported. On a GPU the rate at which a kernel only reads is measured in the same process: the roof
 of which the steps' least bytes are given a share.
+
+S-LoRA's baselines, a process each, and one picture of everything that was appended to one file:
+
+    for b in bmm no-unify-mem one-adapter merge; do
+        python examples/benchmark_serving.py --setting S1 --workload offline --adapters 1 20 \
+            --baseline $b --runs 1 --json runs.jsonl --plot runs.png
+    done
 """
 
 from __future__ import annotations
@@ -37,6 +44,7 @@ from typing import Any
 import ablations_device
 import jax
 import jax.numpy as jnp
+import plots
 import workloads
 from ablations_device import BASELINES
 from serving_metrics import Served, measure
@@ -317,7 +325,10 @@ def main() -> None:
     parser.add_argument("--adapter-share", type=float, default=0.3, help="no-unify-mem")
     parser.add_argument("--steps-out", type=Path, help="append a JSON line a step")
     parser.add_argument("--json", type=Path, help="append a JSON line a row here")
+    parser.add_argument("--plot", type=Path, help="draw all rows of --json over their adapters")
     args = parser.parse_args()
+    if args.plot and not args.json:
+        parser.error("--plot draws what is in --json")
     if args.requests is None:
         args.requests = 256 if args.workload == "offline" else 32
     if args.baseline and not args.setting:
@@ -359,6 +370,9 @@ def main() -> None:
             same = sum(a == b for a, b in zip(tokens, others, strict=True))
             print(f"{same} of {len(tokens)} outputs are equal token by token")
             write_row(args, "transformers + PEFT", {"output_tokens_per_s": rate})
+    if args.plot:
+        lines = args.json.read_text().splitlines()
+        plots.against_adapters(args.plot, [json.loads(line) for line in lines])
 
 
 def baseline(
@@ -394,7 +408,9 @@ def write_row(args: argparse.Namespace, name: str, metrics: dict[str, float]) ->
     """One JSON line."""
     if args.json:
         known = {
-            k: v for k, v in vars(args).items() if k not in ("json", "adapter_paths", "steps_out")
+            k: v
+            for k, v in vars(args).items()
+            if k not in ("json", "adapter_paths", "steps_out", "plot")
         }
         line = {"name": name, "device": jax.devices()[0].device_kind, **known, **metrics}
         with args.json.open("a") as file:

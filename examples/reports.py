@@ -21,6 +21,7 @@ from pathlib import Path
 
 import simulated_serving as sim
 from ablations import OneAdapter, OneResidentCache, SplitCache
+from plots import draw
 from simulated_serving import Device, metrics, trace
 
 from pallas_kernels.layout import TARGETS
@@ -56,20 +57,7 @@ class Report:
         out.mkdir(parents=True, exist_ok=True)
         fields = {"report": name, **about, **dataclasses.asdict(self)}
         (out / f"{name}.json").write_text(json.dumps(fields, indent=1) + "\n")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            print("  (no plot: pip install 'slora-jax[plot]')")
-            return
-        figure = Figure(figsize=(5 * len(self.panels), 4), layout="constrained")
-        axes = figure.subplots(1, len(self.panels), squeeze=False)[0]
-        for axis, (y_label, curves) in zip(axes, self.panels.items(), strict=True):
-            for label, points in curves.items():
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-            axis.set(xlabel=self.x_label, ylabel=y_label, ylim=(0, None))
-            axis.legend(fontsize="small")
-        figure.suptitle(self.title, fontsize="medium")
-        figure.savefig(out / f"{name}.png", dpi=110)
+        draw(out / f"{name}.png", self.title, self.x_label, self.panels)
 
     def show(self) -> None:
         """For people."""

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import ablations_device
+import plots
 import pytest
 from ablations import OneAdapter, SplitCache
 from benchmark_serving import dummy_llm, measure_run, serve
@@ -91,6 +93,21 @@ def test_steps_are_recorded_and_fit(compiled_llm: LLM, tiny: TinyModel, expected
     model = StepTimeModel.fit(steps)
     assert model.seconds(steps[-1].work) > 0
     assert model.host_seconds(steps[-1].work) > 0
+
+
+def test_runs_of_a_file_are_one_curve_a_system(monkeypatch, tmp_path):
+    folder = Path(plots.__file__).parent / "reports" / "h200"
+    rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["workload"] == "offline" and row["setting"] == "S2"]
+    rows += [row | {"baseline": "bmm", "output_tokens_per_s": 1.0} for row in reversed(rows)]
+    plots.against_adapters(tmp_path / "runs.png", [*rows, {"name": "transformers + PEFT"}])
+    assert (tmp_path / "runs.png").stat().st_size > 5000
+    panels = {}
+    monkeypatch.setattr(plots, "draw", lambda *args, **_: panels.update(args[3]))
+    plots.against_adapters(tmp_path / "runs.png", rows)
+    ours = [(row["num_adapters"], row["output_tokens_per_s"]) for row in rows[:2]]
+    assert panels["output tokens/s"] == {"slora-jax": ours, "bmm": [(100, 1.0), (1000, 1.0)]}
+    assert set(panels["TTFT p50, ms"]) == {"slora-jax", "bmm"}
 
 
 # -- their host halves -----------------------------------------------------------------------------
