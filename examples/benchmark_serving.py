@@ -188,6 +188,8 @@ def make_requests(
 def dummy_llm(args: argparse.Namespace, setting: Setting) -> Iterator[tuple[LLM, list[str]]]:
     """Random weights, and as many distinct adapters as any run needs."""
     options = {name: value for name, value in engine_options(args).items() if value is not None}
+    if args.baseline:  # programs are kept by the engine's code, which a baseline replaces
+        options["compilation_cache"] = False
     started = time.perf_counter()
     with LLM(setting.model, load="dummy", progress=False, **options) as llm:
         if args.baseline:
