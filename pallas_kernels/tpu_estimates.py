@@ -9,7 +9,8 @@ models a copy's latency, not the bandwidth that copies share: a kernel takes the
 ``cycles_us`` and ``hbm_us``, and ``share`` is the latter's share of that. ``bundles_us`` counts
 every instruction bundle of the program once a step of its grid, branches not taken and the telling
 included; it leaves out waits for the matrix unit and repeats of loops, and is all there is where
-the profiler dies, as on v5e with packed bfloat16. Each estimate is a process of its own, since a
+the profiler dies, as on v5e with packed bfloat16. LoRA's kernels are then compiled without the
+branches for ranks that the step has not. Each estimate is a process of its own, since a
 failure ends the process.
 """
 
@@ -124,12 +125,19 @@ def _lora_case(
     ranks: list[int],
     index: np.ndarray,
     fills: int,
+    has_other_ranks: bool,
 ) -> tuple[Callable[..., Any], list[Any], int, int, str]:
     """One group of targets in a step, every word of which the compiler knows."""
     from pallas_kernels.paged_lora import pallas_tpu
 
     batch = jax.tree.map(jnp.asarray, _lora_batch(layout, ranks, index.astype(np.int32)))
-    plan = jax.tree.map(np.asarray, pallas_tpu.prepare(batch, layout))
+    classes = pallas_tpu.CLASSES
+    if not has_other_ranks:
+        needed = {next(c for c in classes if c >= rank) for rank in ranks}
+        classes = tuple(c for c in classes if c in needed)
+    of_ranks = mock.patch.object(pallas_tpu, "CLASSES", classes)
+    with of_ranks:
+        plan = jax.tree.map(np.asarray, pallas_tpu.prepare(batch, layout))
     number, target = GROUPS.index(group), TARGETS.index(group[0])
     outputs = sum(layout.out_features[TARGETS.index(name)] for name in group)
     inputs = layout.in_features[target]
@@ -144,7 +152,8 @@ def _lora_case(
     ]
 
     def call(y: jax.Array, x: jax.Array, pool: jax.Array) -> jax.Array:
-        with mock.patch.object(pallas_tpu.pl, "pallas_call", _knowing(name, steps, fills)):
+        knowing = mock.patch.object(pallas_tpu.pl, "pallas_call", _knowing(name, steps, fills))
+        with of_ranks, knowing:
             return pallas_tpu.paged_lora(y, x, pool, plan, layer=0, group=group, layout=layout)
 
     read = sum(ranks[i - 1] for i in set(index.tolist())) * 2 * (inputs * len(group) + outputs)
@@ -232,13 +241,14 @@ def _knowing(name: str, steps: int, fills: int) -> Callable[..., Any]:
     return pallas_call
 
 
-def _estimate(name: str, chip: str, dump: str, fills: int) -> dict[str, Any]:
+def _estimate(name: str, chip: str, dump: str, fills: int, has_other_ranks: bool) -> dict[str, Any]:
     """Compile one case for one chip; libtpu writes what it estimates under ``dump``."""
     if name == MATMUL:
         case = _matmul_case()
+    elif name in ATTENTION:
+        case = _attention_case(*ATTENTION[name])
     else:
-        in_attention = name in ATTENTION
-        case = _attention_case(*ATTENTION[name]) if in_attention else _lora_case(*LORA[name], fills)
+        case = _lora_case(*LORA[name], fills, has_other_ranks)
     call, args, read, steps, kernel = case
     topology, bandwidth, frequency = CHIPS[chip]
     devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
@@ -292,6 +302,7 @@ def _in_process(name: str, chip: str, *, fills: int, profile: bool) -> dict[str,
                 chip,
                 dump,
                 str(fills),
+                "all" if profile else "own",
             ],
             env=os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags},
             capture_output=True,
@@ -308,11 +319,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
-    parser.add_argument("--one", nargs=4, metavar=("KERNEL", "CHIP", "FOLDER", "FILLS"))
+    parser.add_argument("--one", nargs=5, metavar=("KERNEL", "CHIP", "FOLDER", "FILLS", "RANKS"))
     options = parser.parse_args()
     if options.one:
-        name, chip, folder, fills = options.one
-        print(json.dumps(_estimate(name, chip, folder, int(fills))))
+        name, chip, folder, fills, ranks = options.one
+        print(json.dumps(_estimate(name, chip, folder, int(fills), ranks == "all")))
         return
     for chip in options.chips:
         for name in (*ATTENTION, *LORA, MATMUL):
