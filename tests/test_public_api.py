@@ -23,6 +23,7 @@ PUBLIC_NAMES = [
     "DeadlineExceededError",
     "EngineClosedError",
     "EngineConfig",
+    "EngineInUseError",
     "EngineStats",
     "HostLostError",
     "InvalidRequestError",
