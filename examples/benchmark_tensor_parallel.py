@@ -61,8 +61,13 @@ COLLECTIVES = {
     "peer": "--xla_gpu_unsupported_use_all_reduce_one_shot_kernel=true",
     "peer-graph": "--xla_gpu_unsupported_use_all_reduce_one_shot_kernel=true "
     "--xla_gpu_enable_command_buffer=+COLLECTIVES",
+    "no-graphs": "--xla_gpu_enable_command_buffer=",
+    "skip-temp": "--xla_gpu_command_buffer_update_mode=SKIP_TEMP",
+    "graph-skip-temp": "--xla_gpu_enable_command_buffer=+COLLECTIVES "
+    "--xla_gpu_command_buffer_update_mode=SKIP_TEMP",
 }
-"""XLA's options: collectives within CUDA graphs; XLA's kernels over peer memory instead of NCCL."""
+"""XLA's options: collectives within CUDA graphs; XLA's kernels over peer memory instead of NCCL; no
+graphs at all; graphs whose temporaries stay where they are, so that launches need no update."""
 
 READY_SECONDS, TURN_SECONDS = 200, 90
 """A process that is not ready by then, or takes longer to measure, is given up."""
@@ -71,7 +76,7 @@ Key = tuple[str, int, str, str]
 """An engine: setting, devices, partition, collectives."""
 
 KINDS = (
-    ("collectives", re.compile(r"nccl|all[-_]?reduce|all[-_]?gather|one_shot", re.I)),
+    ("collectives", re.compile(r"nccl|psum|all[-_]?reduce|all[-_]?gather|one_shot", re.I)),
     ("attention", re.compile(r"attend|attention|decode_kernel|kv_write|merge", re.I)),
     ("adapters", re.compile(r"lora|mosaic|_decode|body", re.I)),
     ("matmuls", re.compile(r"gemm|cutlass|nvjet|dot|cublas|triton_gemm|matmul", re.I)),
