@@ -48,11 +48,17 @@ def main() -> None:
         exact = other["answers"]
     rounded, kernels = answers(directory, "bfloat16", args.max_tokens)
     print(f"bfloat16 by {kernels} against float32: {difference(rounded, exact)}")
+    if kernels != "xla":
+        plain, _ = answers(directory, "bfloat16", args.max_tokens, kernels="xla")
+        print(f"bfloat16 by xla against float32: {difference(plain, exact)}")
+        print(f"bfloat16 by {kernels} against xla: {difference(rounded, plain)}")
 
 
-def answers(directory: Path, dtype: str, max_tokens: int) -> tuple[list[Answer], str]:
+def answers(
+    directory: Path, dtype: str, max_tokens: int, kernels: str = "auto"
+) -> tuple[list[Answer], str]:
     """All requests' answers in one batch, and by which kernels."""
-    with LLM(directory, dtype=dtype, max_model_len=512, progress=False) as llm:
+    with LLM(directory, dtype=dtype, kernels=kernels, max_model_len=512, progress=False) as llm:
         for name in PROMPTS:
             llm.load_adapter(name, DEMO_ADAPTERS / name)
         requests = [(text, None) for text in TEXTS]
