@@ -235,6 +235,11 @@ class AdapterStore:
             self._droppable.move_to_end(version)
         return entry.packed
 
+    def drop_all_buffers(self) -> None:
+        """Give all CPU memory back: nothing can be fetched any more that has no files."""
+        for version in self._entries:
+            self._drop_buffers(version)
+
     def _keep(self, version: int, packed: PackedAdapter) -> None:
         """Keep the buffers if the budget allows it, dropping others' as needed and no more."""
         entry = self._entries[version]

@@ -74,7 +74,9 @@ class EngineConfig:
 
     host_adapter_bytes: int | None = None
     """CPU memory for adapters. Least recently used ones beyond it fall back to their files;
-    adapters given as arrays have no file and always count. ``None``: no bound."""
+    adapters given as arrays have no file and always count. ``None``: no bound but, with a GPU, that
+    of XLA's pinned memory, beyond which an adapter is refused (64 GB, or
+    ``XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB`` in the environment)."""
 
     scheduler: SchedulerName = "fcfs"
     """Who is admitted next: ``fcfs``, first come, first served; ``lcfs``, last come, first served;

@@ -536,7 +536,10 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Abort what runs and give the device memory back. Closing twice is fine."""
+        """Abort what runs and give back the memory of the device, and the adapters' in CPU memory.
+
+        Closing twice is fine.
+        """
         if self._closed_because is None:
             for generation, _ in list(self._running.values()):
                 self.abort(generation)
@@ -544,6 +547,7 @@ class Engine:
             self._closed_because = "close() was called"
         self.journal.close()
         self._runner.close()
+        self.store.drop_all_buffers()
 
     # -- several processes ------------------------------------------------------------------------
 

@@ -464,7 +464,8 @@ class LLM:
         Raises:
             AdapterLoadError: its files or arrays cannot be used; the message says what to change.
             AdapterInUseError: the name is taken.
-            CapacityError: it does not fit in the pool or in ``host_adapter_bytes``.
+            CapacityError: it does not fit in the pool, in ``host_adapter_bytes``, or in what CPU
+                memory XLA pins for a GPU (64 GB unless ``XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB``).
         """
         self._check_new_name(name)
         adapter = self._read_adapter(name, source, config)
@@ -644,10 +645,10 @@ class LLM:
         loading.save_model(self._loaded, directory)
 
     def close(self) -> None:
-        """Abort what runs and give the device memory back. Closing twice is fine.
+        """Abort what runs; give the device's memory back and the adapters' CPU memory.
 
-        A ``LoadedModel`` that was given stays: it is the caller's. An ``AsyncLLM`` that serves this
-        is shut down first.
+        Closing twice is fine. A ``LoadedModel`` that was given stays: it is the caller's. An
+        ``AsyncLLM`` that serves this is shut down first.
         """
         end_server = self._end_server
         if end_server is not None:

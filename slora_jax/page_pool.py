@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slora_jax.errors import CapacityError
 from slora_jax.sharding import named_sharding
 
 Pool = tuple[jax.Array, ...]
@@ -70,7 +71,10 @@ class HostMemory:
 
     def place(self, pages: np.ndarray) -> HostPages:
         """``pages`` [layers, n, rows of this process's devices, 128] as runs, each contiguous and
-        ready to be copied."""
+        ready to be copied.
+
+        Raises CapacityError where no more memory can be pinned.
+        """
         runs: list[np.ndarray | jax.Array] = []
         start = 0
         for count in run_lengths(pages.shape[1]):
@@ -80,7 +84,19 @@ class HostMemory:
 
     def place_run(self, run: np.ndarray) -> np.ndarray | jax.Array:
         """A contiguous run of pages; the array itself where memory is not pinned."""
-        return run if self.pinned is None else _put(run, self.pinned)
+        if self.pinned is None:
+            return run
+        try:
+            return _put(run, self.pinned)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise CapacityError(
+                "the CPU memory that a GPU copies adapters from is used up: XLA pins up to 64 GB, "
+                "or what the environment variable XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says when the "
+                "process starts. Set host_adapter_bytes below that, so that adapters with files "
+                f"leave CPU memory, unload some, or raise the limit ({error})"
+            ) from error
 
 
 def _of_runs(spec: jax.sharding.PartitionSpec) -> jax.sharding.PartitionSpec:

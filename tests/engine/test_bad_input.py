@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,10 @@ from slora_jax import (
     RequestFailedError,
     SamplingParams,
     SloraError,
+    page_pool,
 )
+from slora_jax.page_pool import RUN_AXES, HostMemory
+from slora_jax.sharding import named_sharding
 from tests.serving import TinyModel, assert_only_idle_adapters_left, fresh_engine
 
 OPTIONS: dict[str, Any] = {
@@ -1110,6 +1114,38 @@ def test_everything_but_close_is_refused_after_close(served: Served, tmp_path):
                 call()
         assert llm.max_model_len == 128
     assert not (tmp_path / "saved").exists()
+
+
+def test_close_frees_the_cpu_memory_of_adapters(scratch: LLM):
+    answer(scratch)
+    store = scratch.engine.store
+    (info,) = scratch.list_adapters()
+    buffers = [weakref.ref(run) for run in store.fetch(info.version).pages]
+    assert all(buffer() is not None for buffer in buffers)
+    scratch.close()
+    gc.collect()
+    assert store.host_bytes == 0
+    assert all(buffer() is None for buffer in buffers)
+
+
+def test_no_more_pinned_memory_is_an_error_of_the_one_adapter(
+    served: Served, llm: LLM, monkeypatch
+):
+    def refuse(*args):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of host memory while trying to allocate 64.00MiB"
+        )
+
+    mesh = llm.engine._runner._mesh
+    pinned = named_sharding(mesh, RUN_AXES, memory_kind="pinned_host")
+    with monkeypatch.context() as patch:
+        patch.setattr(llm, "_host", HostMemory(pinned))
+        patch.setattr(page_pool, "_put", refuse)
+        with pytest.raises(CapacityError, match=r"host_adapter_bytes.*Out of host memory"):
+            llm.load_adapter("more", served.model.adapters["good"])
+    assert answer(llm) == served.answer
+    llm.load_adapter("more", served.model.adapters["good"])
+    assert answer(llm, adapter="more") == served.answer
 
 
 # --- making an LLM ---
