@@ -111,13 +111,14 @@ def long_prompt(args: argparse.Namespace, setting: Setting) -> None:
             gaps_before, gaps_meanwhile = _interrupt(llm, args, rng)
             steps = len(gaps_meanwhile)
             median = statistics.median(gaps_before)
-            worst = max(gaps_meanwhile)
+            worst, later = max(gaps_meanwhile), max(gaps_meanwhile[1:])
             print(
                 f"{args.running} requests decode, a prompt of {args.long_prompt_tokens} tokens "
                 f"arrives, {budget} prefill tokens a step:\n"
                 f"  gaps before: {milliseconds(gaps_before)}\n"
                 f"  meanwhile, {steps} steps: {milliseconds(gaps_meanwhile)}\n"
-                f"  worst gap is {worst / median:.2f} times the median",
+                f"  worst gap is {worst / median:.2f} times the median before; the first "
+                f"{gaps_meanwhile[0] / median:.2f}, the worst of the others {later / median:.2f}",
                 flush=True,
             )
 
