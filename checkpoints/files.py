@@ -68,7 +68,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write `value` as indented UTF-8 JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(to_json(value))
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """`value` as indented UTF-8 JSON; NumPy's numbers, paths and sets as what they stand for.
+
+    Raises `CheckpointError` where something in it is none of these.
+    """
+    try:
+        return (json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n").encode()
+    except (TypeError, ValueError) as error:  # no such type; circular, a lone surrogate
+        raise CheckpointError(f"it cannot be written as JSON: {error}.") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"{value!r:.80} is no JSON")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from checkpoints.errors import CheckpointError
 from checkpoints.files import read_json, require_directory, write_json
 from checkpoints.hf_llama import CONFIG_KEYS
-from checkpoints.tokenizer import copy_tokenizer
+from checkpoints.tokenizer import copy_tokenizer, require_tokenizer
 
 _MARK = "slora_jax_format"
 _FORMAT = "orbax-1"
@@ -44,6 +44,8 @@ def save_model(
     if set(config) != set(CONFIG_KEYS):
         odd = sorted(set(config) ^ set(CONFIG_KEYS))
         raise CheckpointError(f"{path}: config is not in normalised form (see {', '.join(odd)}).")
+    if files_from is not None:
+        require_tokenizer(files_from)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with ocp.StandardCheckpointer() as checkpointer:

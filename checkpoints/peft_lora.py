@@ -26,7 +26,7 @@ from checkpoints.files import (
     read_small_file,
     require_directory,
     require_finite,
-    write_json,
+    to_json,
     write_safetensors,
 )
 from checkpoints.name_map import (
@@ -548,7 +548,7 @@ def write_peft_adapter(
         "init_lora_weights": True,
         **(_config_of(pairs) if adapter_config is None else adapter_config),
     }
-    config = {key: sorted(v) if isinstance(v, (set, frozenset)) else v for key, v in config.items()}
+    text = to_json(config)
     tensors = {}
     for key, pair in pairs.items():
         a_name, b_name = tensor_names(*key)
@@ -559,8 +559,12 @@ def write_peft_adapter(
             raise CheckpointError(
                 f"{path}: already holds an adapter; choose another directory, or overwrite it."
             )
-        write_safetensors(path / "adapter_model.safetensors", tensors)
-        write_json(path / "adapter_config.json", config)
+        # Aside first: a write that fails leaves what was there.
+        weights, about = path / "adapter_model.safetensors", path / "adapter_config.json"
+        write_safetensors(weights.with_suffix(".tmp"), tensors)
+        about.with_suffix(".tmp").write_bytes(text)
+        os.replace(weights.with_suffix(".tmp"), weights)
+        os.replace(about.with_suffix(".tmp"), about)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}.") from error
 

@@ -177,6 +177,15 @@ class Tokenizer:
         return self._compiled[name]
 
 
+def require_tokenizer(source: str | os.PathLike[str]) -> None:
+    """`CheckpointError` where there is no tokenizer to copy: the directory is gone, say."""
+    if not (Path(source).expanduser() / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{source}: the model was read from there, and its tokenizer.json is not there any "
+            "more: put it back, so that it can be copied."
+        )
+
+
 def copy_tokenizer(source: str | os.PathLike[str], directory: Path) -> None:
     """Copy those of a tokenizer's files that `source` has; `CheckpointError` where that fails."""
     try:

@@ -206,7 +206,7 @@ class AsyncLLM:
 
     async def update_adapter(self, name: str, arrays: Mapping[str, Any]) -> AdapterInfo:
         """See ``LLM.update_adapter``. Steps go on while the arrays are laid out."""
-        config = await self._call(lambda: self._llm.engine.adapter_config(name))
+        config = await self._call(lambda: self._llm._adapter_config(name))
         packed = await asyncio.to_thread(self._llm._pack_update, name, config, arrays)
         return await self._call(lambda: self._llm._swap_weights(name, arrays, packed))
 

@@ -20,7 +20,7 @@ from flax import nnx
 
 from slora_jax.errors import AdapterLoadError, ConfigError, ModelLoadError
 from slora_jax.layers.linear import LoRALinear
-from slora_jax.loading import LoadedModel, load_model
+from slora_jax.loading import LoadedModel, load_model, raising
 from slora_jax.models.llama import Block, Llama
 from slora_jax.sharding import sharded_param, single_device_mesh
 
@@ -149,7 +149,7 @@ def save_adapter(
             values beyond ``dtype``, or the directory cannot be written.
         ConfigError: there is no such dtype; ``base`` is no loaded model, or is cut over devices.
     """
-    from checkpoints import errors, peft_lora
+    from checkpoints import peft_lora
 
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: there are {', '.join(DTYPES)}")
@@ -159,7 +159,7 @@ def save_adapter(
     for (layer, target), pair in adapter.pairs.items():
         a, b = (_cast(array, dtype, f"layer {layer}, {target}") for array in (pair.a, pair.b))
         pairs[layer, target] = peft_lora.LoraPair(a, b, pair.scaling)
-    try:
+    with raising(AdapterLoadError, "directory", directory):
         peft_lora.write_peft_adapter(
             directory,
             pairs,
@@ -167,8 +167,6 @@ def save_adapter(
             adapter_config=config,
             overwrite=overwrite,
         )
-    except errors.CheckpointError as error:
-        raise AdapterLoadError(str(error)) from error
 
 
 def merge_adapter(
@@ -205,20 +203,19 @@ def write_llama(directory: str | os.PathLike[str], model: LoadedModel) -> None:
     """Write a Hugging Face directory (safetensors, tokenizer) that transformers and ``LLM`` load.
 
     Raises:
-        ModelLoadError: the directory holds a model already or cannot be written, or the weights are
-            random (``load="dummy"``).
+        ModelLoadError: the directory holds a model already or cannot be written, the weights are
+            random (``load="dummy"``), or the tokenizer is not where the model was read from.
         ConfigError: it is no loaded model, or is cut over devices (``LLM.save`` takes those).
     """
-    from checkpoints import errors, hf_llama, tokenizer
+    from checkpoints import hf_llama, tokenizer
 
     require_one_device(model)
     if model.directory is None:
         raise ModelLoadError("a model of random weights (load='dummy') is not worth writing")
-    try:
+    with raising(ModelLoadError, "directory", directory):
+        tokenizer.require_tokenizer(model.directory)
         hf_llama.write_llama(directory, model.hyperparameters, dict(_stored_tensors(model.model)))
         tokenizer.copy_tokenizer(model.directory, Path(directory).expanduser())
-    except errors.CheckpointError as error:
-        raise ModelLoadError(str(error)) from error
 
 
 def _read_adapter(

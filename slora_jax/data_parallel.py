@@ -186,7 +186,7 @@ def _meshes_of_copies(mesh: jax.sharding.Mesh) -> list[jax.sharding.Mesh]:
         )
     if mesh.is_multi_process:
         raise ConfigError("mesh has devices of other processes: make one in each, of its own")
-    rows = mesh.devices
-    if mesh.axis_names[0] != DATA_AXIS:
-        rows = rows.T
-    return [jax.sharding.Mesh(row.reshape(-1), (MODEL_AXIS,)) for row in rows]
+    rows = mesh.devices if mesh.axis_names[0] == DATA_AXIS else mesh.devices.T
+    return [
+        jax.sharding.Mesh(row, (MODEL_AXIS,)) for row in rows.reshape(mesh.shape[DATA_AXIS], -1)
+    ]

@@ -131,7 +131,7 @@ class Engine:
             clock=clock,
         )
         self._served = ServedRequests()
-        self.scheduler.on_finish = self._served.add
+        self.scheduler.on_finish = self._note_end
         self._ttft_slo = config.ttft_slo
         self._running: dict[str, tuple[Generation, Completion]] = {}
         self._ids = itertools.count()
@@ -174,7 +174,12 @@ class Engine:
         self._check_pool_holds(name, packed)
         version = self.store.replace(name, packed)
         if was_pinned:
-            self.scheduler.pin_adapter(version)
+            try:
+                self.scheduler.pin_adapter(version)
+            except CapacityError as error:
+                raise CapacityError(
+                    f"adapter {name!r} has its new weights but is no longer pinned: {error}"
+                ) from error
         return self.store.info(version)
 
     def adapter_config(self, name: str) -> Any:
@@ -212,6 +217,11 @@ class Engine:
         self.record("unregister_adapter", name)
         self.store.unregister(name)
         self._served.by_adapter.pop(name, None)
+
+    def _note_end(self, request: Request) -> None:
+        self._served.add(request)
+        if request.adapter_id is not None and request.adapter_id not in self.store.names():
+            self._served.by_adapter.pop(request.adapter_id, None)  # unloaded while it ran
 
     def pin_adapter(self, name: str) -> None:
         """Bring the adapter into the pool with the next step and keep it there, come what may.
@@ -394,7 +404,11 @@ class Engine:
         if output.is_empty:
             return None
         self._num_steps += 1
-        return self._runner.launch(output)
+        compiles, began = self._runner.num_compiles, self._clock()
+        launched = self._runner.launch(output)
+        if self._runner.num_compiles != compiles:
+            self.scheduler.excuse(self._clock() - began)
+        return launched
 
     def _end_failed(self, output: SchedulerOutput) -> list[Generation]:
         touched = []

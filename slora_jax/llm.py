@@ -8,6 +8,7 @@ is scheduled or computed: that is the engine it drives.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import signal
@@ -491,6 +492,8 @@ class LLM:
                     f"adapter {name!r} is given as arrays: give its PEFT configuration too, "
                     "such as config={'r': 8, 'lora_alpha': 16, 'target_modules': ['q_proj']}"
                 )
+            if isinstance(config, Mapping):  # kept, for `update_adapter`
+                config = copy.deepcopy(dict(config))
             packed = loading.adapter_from_arrays(
                 source,
                 config,
@@ -536,14 +539,18 @@ class LLM:
         Raises:
             AdapterNotFoundError: no adapter has this name.
             AdapterLoadError: the tensors do not fit its configuration; the old ones stay.
-            CapacityError: they do not fit in ``host_adapter_bytes`` beside the old ones.
+            CapacityError: they do not fit in ``host_adapter_bytes`` beside the old ones; or the
+                adapter was pinned and finds no room while requests run on the old weights: then it
+                has the new ones and is no longer pinned.
         """
-        _check_adapter_name(name)
-        with self._lock:
-            config = self._engine.adapter_config(name)
-        packed = self._pack_update(name, config, arrays)
+        packed = self._pack_update(name, self._adapter_config(name), arrays)
         with self._lock:
             return self._swap_weights(name, arrays, packed)
+
+    def _adapter_config(self, name: str) -> Mapping[str, Any]:
+        _check_adapter_name(name)
+        with self._lock:
+            return self._engine.adapter_config(name)
 
     def _pack_update(
         self, name: str, config: Mapping[str, Any], arrays: Mapping[str, Any]

@@ -79,7 +79,7 @@ def load_model(
     from checkpoints import hf_llama, orbax, sources
     from checkpoints.tokenizer import Tokenizer
 
-    with _raising(ModelLoadError, "model", name_or_path):
+    with raising(ModelLoadError, "model", name_or_path):
         directory = sources.resolve_model(name_or_path, progress=progress)
         if orbax.is_orbax_model(directory):
             hyperparameters = orbax.read_config(directory)
@@ -134,7 +134,7 @@ def dummy_model(
     from checkpoints.architectures import ARCHITECTURES
     from checkpoints.tokenizer import byte_tokenizer
 
-    with _raising(ModelLoadError, "model", name_or_path):
+    with raising(ModelLoadError, "model", name_or_path):
         known = ARCHITECTURES.get(os.fspath(name_or_path))
         if known is None and not Path(name_or_path).is_dir():
             raise ModelLoadError(
@@ -179,7 +179,7 @@ def save_model(loaded: LoadedModel, directory: str | os.PathLike[str]) -> None:
     params: dict[str, jax.Array] = {}
     for path, variable in _flat_params(nnx.state(loaded.model)):
         params |= _taken_apart(path, variable[...], loaded.model)
-    with _raising(ModelLoadError, "directory", directory):
+    with raising(ModelLoadError, "directory", directory):
         orbax.save_model(
             Path(directory), loaded.hyperparameters, params, files_from=loaded.directory
         )
@@ -215,11 +215,11 @@ def adapter_loader(
     from checkpoints import peft_lora, sources
 
     def load() -> PackedAdapter:
-        with _raising(AdapterLoadError, "adapter", directory):
+        with raising(AdapterLoadError, "adapter", directory):
             adapter = peft_lora.read_peft_adapter(directory, dict(hyperparameters))
         return pack_adapter(adapter, hyperparameters["num_layers"], partition, dtype, host)
 
-    with _raising(AdapterLoadError, "adapter", source):
+    with raising(AdapterLoadError, "adapter", source):
         directory = sources.resolve_adapter(source).resolve()
     return load
 
@@ -589,7 +589,7 @@ def _cast(array: np.ndarray, dtype: jnp.dtype, name: str) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _raising(error_type: type[SloraError], what: str, given: object) -> Iterator[None]:
+def raising(error_type: type[SloraError], what: str, given: object) -> Iterator[None]:
     """What is wrong with a name or path that the user gave, or with what lies there."""
     from checkpoints import errors
 

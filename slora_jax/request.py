@@ -80,6 +80,8 @@ class Request:
     # Moments, on the scheduler's clock; None until they come.
     arrival_time: float = 0.0
     first_scheduled_time: float | None = None
+    excused_time: float = 0.0
+    """Seconds between that and the first token in which a step was compiled."""
     first_token_time: float | None = None
     last_token_time: float | None = None
     finish_time: float | None = None

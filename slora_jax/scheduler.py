@@ -268,6 +268,13 @@ class Scheduler:
                 request.num_computed_tokens += chunk.num_tokens
                 request.num_tokens_in_flight += chunk.is_last
 
+    def excuse(self, seconds: float) -> None:
+        """A step's launch took ``seconds`` more, once and for all: it had to be compiled. Nobody's
+        first token is to be expected that late."""
+        for request in self._running.values():
+            if request.first_token_time is None and request.first_scheduled_time is not None:
+                request.excused_time += seconds
+
     def append_token(self, request: Request, token_id: int) -> None:
         """Add a token that a launched step has sampled, in the order of the steps.
 
@@ -283,7 +290,8 @@ class Scheduler:
         if request.first_token_time is None:
             request.first_token_time = request.last_token_time
             assert request.first_scheduled_time is not None, "it has been admitted"
-            self._waiting.note_first_token(request.first_token_time - request.first_scheduled_time)
+            delay = request.first_token_time - request.first_scheduled_time
+            self._waiting.note_first_token(max(delay - request.excused_time, 0.0))
 
     # -- kept whatever comes: pin / unpin ------------------------------------------------------
 
@@ -317,7 +325,7 @@ class Scheduler:
     def _abort_hopeless(self) -> list[Request]:
         """Early abort: whoever would miss its deadline makes room for those who will not."""
         now = self._clock()
-        hopeless = self._waiting.hopeless(now)
+        hopeless = self._waiting.hopeless(now, is_idle=not self._running)
         for request in hopeless:
             assert request.deadline is not None
             message = (

@@ -97,10 +97,14 @@ class WaitingRequests:
 
     # -- early abort ---------------------------------------------------------------------------
 
-    def hopeless(self, now: float) -> list[Request]:
-        """Requests, still in line, that would miss their deadlines even if admitted now."""
+    def hopeless(self, now: float, *, is_idle: bool = False) -> list[Request]:
+        """Requests, still in line, that would miss their deadlines even if admitted now.
+
+        Where nobody runs (``is_idle``) only a deadline that has passed counts: an estimate that
+        refuses everybody would never be put right.
+        """
         found = []
-        soonest = now + self._delay_to_expect()
+        soonest = now + (0.0 if is_idle else self._delay_to_expect())
         while self._deadlines and self._deadlines[0][0] <= soonest:
             request = heapq.heappop(self._deadlines)[2]
             if request.request_id in self._new:

@@ -79,6 +79,11 @@ class TrainingConfig:
         for name in ("packing", "remat"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
+        for field in dataclasses.fields(self):  # NumPy's numbers as Python's, for checkpoints
+            value = getattr(self, field.name)
+            if not isinstance(value, bool):
+                plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+                object.__setattr__(self, field.name, plain)
         if self.seed >= 2**32:
             raise ConfigError(f"seed={self.seed} must be below 2**32")
         if self.batch_size % self.gradient_accumulation_steps:

@@ -211,8 +211,11 @@ def test_adapters_come_and_go_while_others_are_served(llm: LLM, tiny: TinyModel)
             await engine.update_adapter("new", "path")
         with pytest.raises(AdapterLoadError):
             await engine.load_adapter("broken", tiny.directory / "nowhere")
-        with pytest.raises(InvalidRequestError):
-            await engine.load_adapter("", tiny.directory)
+        for wrong in ("", 5):
+            with pytest.raises(InvalidRequestError):
+                await engine.load_adapter(wrong, tiny.directory)
+            with pytest.raises(InvalidRequestError):
+                await engine.update_adapter(wrong, others)
         await engine.pin_adapter("new")
         assert (await engine.stats()).adapters_pinned == 1
         await engine.unpin_adapter("new")

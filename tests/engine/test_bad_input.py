@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -1000,6 +1001,7 @@ def test_a_failed_llm_can_be_closed(served: Served, monkeypatch):
                 array.delete()  # it was donated
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
 
+        fail.num_compiles = runner._forward.num_compiles
         monkeypatch.setattr(runner, "_forward", fail)
         with pytest.raises(jax.errors.JaxRuntimeError):
             llm.generate("a")
@@ -1146,6 +1148,26 @@ def test_no_more_pinned_memory_is_an_error_of_the_one_adapter(
     assert answer(llm) == served.answer
     llm.load_adapter("more", served.model.adapters["good"])
     assert answer(llm, adapter="more") == served.answer
+
+
+def test_a_step_that_had_to_be_compiled_refuses_nobody_after_it(served: Served):
+    with LLM(served.model.directory, progress=False, ttft_slo=0.2, **OPTIONS) as llm:
+        began = time.perf_counter()
+        answers = [answer(llm, adapter=None)]
+        assert time.perf_counter() - began > 0.2, "nothing had to be compiled?"
+        answers += [answer(llm, adapter=None) for _ in range(5)]
+        assert len(set(answers)) == 1
+        assert all(answers)
+        assert llm.engine.scheduler._waiting._delay_to_expect() < 0.2
+
+
+def test_tokens_of_an_unloaded_adapter_are_forgotten(llm: LLM, served: Served):
+    llm.load_adapter("gone", served.model.adapters["good"])
+    stream = llm.stream("hello there", "gone", greedy(4))
+    next(stream)
+    llm.unload_adapter("gone")
+    assert len(list(stream)) > 0
+    assert "gone" not in llm.stats().tokens_by_adapter
 
 
 # --- making an LLM ---

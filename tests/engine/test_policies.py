@@ -223,7 +223,10 @@ def test_abort_counts_on_the_time_that_a_first_token_takes():
     for _ in range(50):
         line.note_first_token(2.0)
     assert line.hopeless(7.9) == []
+    assert line.hopeless(8.1, is_idle=True) == []  # else nobody would ever say that it got better
     assert line.hopeless(8.1) == [r]
+    (r,) = push(line, "b", deadline=10.0)
+    assert line.hopeless(10.0, is_idle=True) == [r]
 
 
 def test_deadlines_of_those_who_left_are_forgotten():

@@ -46,6 +46,12 @@ def test_prompts_are_shared_and_come_back_in_order(gqa, monkeypatch):
             llm.generate(prompts, "qv", params)
 
 
+def test_a_mesh_of_copies_alone(gqa):
+    with DataParallelLLM(gqa.directory, mesh=mesh_of((2,), "data"), **OPTIONS) as llm:
+        owners = [list(copy._mesh.devices.flat) for copy in llm.copies]
+    assert owners == [[device] for device in jax.devices()[:2]]
+
+
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [

@@ -1,6 +1,8 @@
 """Out and in again: arrays, PEFT directories and merged models answer as the engine does."""
 
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -176,6 +178,39 @@ def test_peft_and_transformers_give_equal_logits(base, arrays, saved, tmp_path):
     with torch.inference_mode():
         logits = merged(torch.tensor([PROMPT])).logits[0].numpy()
     np.testing.assert_allclose(expected, logits, atol=1e-3)
+
+
+def test_a_configuration_that_cannot_be_written_leaves_what_was_there(base, arrays, tmp_path):
+    numpy = {**ADAPTER, "lora_dropout": np.float32(0.5)}
+    save_adapter(tmp_path, arrays, numpy, base, base_model=Path("somewhere"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    about = json.loads(before["adapter_config.json"])
+    assert (about["lora_dropout"], about["base_model_name_or_path"]) == (0.5, "somewhere")
+    doubled = {name: 2 * array for name, array in arrays.items()}
+    for odd in (object(), "\ud800", {"a": {1j}}):
+        with pytest.raises(AdapterLoadError, match="cannot be written as JSON"):
+            save_adapter(tmp_path, doubled, {**ADAPTER, "revision": odd}, base, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(AdapterLoadError, match="is no name or path"):
+        save_adapter(5, arrays, ADAPTER, base)
+
+
+def test_a_model_whose_tokenizer_is_gone_is_not_written(model_directory, tmp_path):
+    shutil.copytree(model_directory, tmp_path / "source")
+    base = load_base_model(tmp_path / "source", progress=False)
+    shutil.rmtree(tmp_path / "source")
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json is not there any more"):
+        write_llama(tmp_path / "written", base)
+    assert not (tmp_path / "written").exists()
+
+
+def test_the_caller_keeps_its_configuration(llm, arrays):
+    config = {**ADAPTER, "target_modules": list(ADAPTER["target_modules"])}
+    llm.load_adapter("own", arrays, config)
+    config["target_modules"].clear()
+    llm.update_adapter("own", arrays)
+    llm.unload_adapter("own")
 
 
 def test_what_cannot_be_saved_or_merged(base, arrays, saved, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -164,6 +165,12 @@ def test_chat_example_is_what_chat_serves(base):
     prompt = base.tokenizer.decode(example.prompt, skip_special_tokens=False)
     assert prompt == base.tokenizer.apply_chat_template(messages[:1])
     assert example.completion == (*b"Ho", base.tokenizer.eos_token_id)
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = TrainingConfig(num_steps=np.int64(4), learning_rate=np.float32(0.5), seed=np.int32(3))
+    assert config == TrainingConfig(num_steps=4, learning_rate=0.5, seed=3)
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["num_steps"] == 4
 
 
 @pytest.mark.parametrize(
