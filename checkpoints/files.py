@@ -79,7 +79,7 @@ def to_json(value: Mapping[str, Any]) -> bytes:
     try:
         return (json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n").encode()
     except (TypeError, ValueError) as error:  # no such type; circular, a lone surrogate
-        raise CheckpointError(f"it cannot be written as JSON: {error}.") from error
+        raise CheckpointError(f"the configuration cannot be written as JSON: {error}.") from error
 
 
 def _plain(value: Any) -> Any:

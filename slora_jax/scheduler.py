@@ -272,7 +272,7 @@ class Scheduler:
         """A step's launch took ``seconds`` more, once and for all: it had to be compiled. Nobody's
         first token is to be expected that late."""
         for request in self._running.values():
-            if request.first_token_time is None and request.first_scheduled_time is not None:
+            if request.first_token_time is None:
                 request.excused_time += seconds
 
     def append_token(self, request: Request, token_id: int) -> None:
