@@ -196,12 +196,15 @@ def copy_tokenizer(source: str | os.PathLike[str], directory: Path) -> None:
         raise CheckpointError(f"{directory}: cannot be written: {error}.") from error
 
 
-def byte_tokenizer() -> Tokenizer:
-    """A tokenizer whose ids 0 to 255 are one byte each, for models of random weights; any other id
-    is no text.
+def byte_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer for models of random weights: it encodes each byte as one id from 0 to 255.
+
+    The other ids below `vocab_size` decode to a space and their number: as with trained models
+    there is text for each token, on which the time of decoding depends.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    return Tokenizer(build_byte_level_bpe(alphabet, []), source="one token a byte")
+    numbers = [f"Ġ{token_id}" for token_id in range(len(alphabet), vocab_size)]
+    return Tokenizer(build_byte_level_bpe([*alphabet, *numbers], []), source="one token a byte")
 
 
 def build_byte_level_bpe(

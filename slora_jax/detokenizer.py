@@ -208,8 +208,7 @@ class IncrementalDetokenizer:
     def _is_silent(self, token_id: int) -> bool:
         """Whether the token never has any text, as a special token that is skipped."""
         if token_id not in self._silent_ids:
-            # Twice: sentencepiece writes no space at the beginning.
-            self._silent_ids[token_id] = self._decode([token_id, token_id]) == ""
+            self._silent_ids[token_id] = _is_silent(self._decode, token_id)
         return self._silent_ids[token_id]
 
     def _settle(self, text: str) -> bool:
@@ -261,13 +260,22 @@ def _common_prefix(a: str, b: str) -> int:
     return length
 
 
+def _is_silent(decode: Callable[[Sequence[int]], str], token_id: int) -> bool:
+    """Whether a token has no text whatever stands before it."""
+    return decode([token_id, token_id]) == ""  # twice: sentencepiece begins with no space
+
+
 def _context(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int]) -> list[int]:
     """The last few of the prompt's tokens: some with text, from a character's boundary on."""
     size = _MIN_WINDOW
     while size < len(token_ids) and not decode(token_ids[-size:]):
         size *= 2
+    if size > _MIN_WINDOW:  # leave out tokens without text: they may be many
+        tail = token_ids[-size - 3 :]
+        silent = {token_id for token_id in {*tail} if _is_silent(decode, token_id)}
+        token_ids = [token_id for token_id in tail if token_id not in silent]
     last = len(token_ids)
-    first = max(0, last - size)
+    first = max(0, last - _MIN_WINDOW)
     for start in range(first, max(first - 4, -1), -1):
         # Up to 3 of the last tokens may be an unfinished character, for which byte fallback writes
         # U+FFFD from the start.

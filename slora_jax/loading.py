@@ -124,7 +124,7 @@ def dummy_model(
     """Random weights in a real shape, made on the device: for benchmarks and tests of size.
 
     ``name_or_path``: a name of ``checkpoints.architectures`` ("llama-7b", …), or a directory whose
-    ``config.json`` is followed. Equal shapes give equal weights; text is read and written as bytes.
+    ``config.json`` is followed. Equal shapes give equal weights; text is read as bytes.
 
     Raises:
         ModelLoadError: there is no such name or directory, or it asks for what is not supported.
@@ -159,7 +159,7 @@ def dummy_model(
 
     return LoadedModel(
         model=_fill(config, mesh, dtype, load, progress=False),
-        tokenizer=byte_tokenizer(),
+        tokenizer=byte_tokenizer(config.vocab_size),
         eos_token_ids=tuple(hyperparameters["eos_token_ids"]),
         hyperparameters=dict(hyperparameters),
         directory=None,

@@ -9,7 +9,7 @@ import pytest
 
 from checkpoints import CheckpointError
 from checkpoints.synthetic import EOS_TOKEN_ID, write_synthetic_llama
-from checkpoints.tokenizer import Tokenizer
+from checkpoints.tokenizer import Tokenizer, byte_tokenizer
 
 TEXTS = [
     "Hello, world!",
@@ -227,3 +227,10 @@ def test_bad_files(model: Path, tmp_path: Path):
 def test_vocabulary_too_small_for_the_bytes(tmp_path: Path):
     with pytest.raises(CheckpointError, match="vocab_size=100 is below 261"):
         write_synthetic_llama(tmp_path / "x", vocab_size=100)
+
+
+def test_random_weights_have_text_for_each_token():
+    tokenizer = byte_tokenizer(1000)
+    assert tokenizer.decode(tokenizer.encode("wörld 300")) == "wörld 300"
+    assert all(tokenizer.encode("~ 300 \x00")[k] < 256 for k in range(7))
+    assert [tokenizer.decode([k]) for k in (256, 999, 1000)] == [" 256", " 999", ""]

@@ -452,3 +452,22 @@ def test_decoded_tokens_are_linear_in_the_output(name):
         detokenizer.append(token)
     assert decoded < 20 * len(output)
     assert detokenizer.finish() == decode(output)
+
+
+def test_tokens_without_text_cost_a_prompt_little():
+    hello = BYTE_FALLBACK.encode("Hello")
+    prompt = [*hello, *range(10_000, 14_000)]  # ids that the vocabulary has no token for
+    output = BYTE_FALLBACK.encode("Hello world") * 20
+    decoded = []
+
+    def counting_decode(ids):
+        decoded.append(len(ids))
+        return BYTE_FALLBACK.decode(ids)
+
+    detokenizer = IncrementalDetokenizer(counting_decode, prompt, stop=["none"])
+    assert sum(decoded) < 6 * len(prompt)
+    decoded.clear()
+    for token in output:
+        detokenizer.append(token)
+    assert max(decoded) < 40
+    assert detokenizer.finish() == whole_text(BYTE_FALLBACK, hello, output)
