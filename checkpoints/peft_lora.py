@@ -560,11 +560,16 @@ def write_peft_adapter(
                 f"{path}: already holds an adapter; choose another directory, or overwrite it."
             )
         # Aside first: a write that fails leaves what was there.
-        weights, about = path / "adapter_model.safetensors", path / "adapter_config.json"
-        write_safetensors(weights.with_suffix(".tmp"), tensors)
-        about.with_suffix(".tmp").write_bytes(text)
-        os.replace(weights.with_suffix(".tmp"), weights)
-        os.replace(about.with_suffix(".tmp"), about)
+        final = path / "adapter_model.safetensors", path / "adapter_config.json"
+        aside = [file.with_suffix(".tmp") for file in final]
+        try:
+            write_safetensors(aside[0], tensors)
+            aside[1].write_bytes(text)
+            for source, target in zip(aside, final, strict=True):
+                os.replace(source, target)
+        finally:
+            for file in aside:
+                file.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}.") from error
 

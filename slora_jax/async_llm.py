@@ -93,12 +93,14 @@ class AsyncLLM:
     pool, all end with EngineClosedError, and so does everything that is asked later.
 
     Raises:
-        ConfigError: ``max_waiting`` is no positive integer.
+        ConfigError: ``llm`` is no LLM, or ``max_waiting`` no positive integer.
         EngineInUseError: another AsyncLLM serves the LLM, or requests of its own are running.
         EngineClosedError: the LLM was closed.
     """
 
     def __init__(self, llm: LLM, *, max_waiting: int = 1024):
+        if not isinstance(llm, LLM):
+            raise ConfigError(f"llm={llm!r:.80} must be an LLM")
         if not isinstance(max_waiting, int) or isinstance(max_waiting, bool) or max_waiting < 1:
             raise ConfigError(f"max_waiting={max_waiting!r} must be an integer of at least 1")
         self._llm = llm

@@ -143,8 +143,8 @@ class EngineConfig:
         _check_choice("kernels", self.kernels, ("auto", "gpu", "tpu", "xla", "reference"))
         _check_choice("scheduler", self.scheduler, SCHEDULERS)
         _check_choice("fair_over", self.fair_over, ("client", "adapter"))
-        if self.ttft_slo is not None and not (_is_number(self.ttft_slo) and self.ttft_slo > 0):
-            raise ConfigError(f"ttft_slo={self.ttft_slo!r} must be a number of seconds above 0")
+        if self.ttft_slo is not None and not is_time(self.ttft_slo):
+            raise ConfigError(f"ttft_slo={self.ttft_slo!r:.80} must be a number of seconds above 0")
         if self.scheduler == "slo" and self.ttft_slo is None:
             raise ConfigError("scheduler='slo' aborts by ttft_slo: give it, in seconds")
         fraction = self.memory_fraction
@@ -165,6 +165,14 @@ class EngineConfig:
 def _check_int(name: str, value: object, low: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ConfigError(f"{name}={value!r} must be an integer of at least {low}")
+
+
+def is_time(value: object) -> bool:
+    """Whether it is a number of seconds above 0, which may be infinite."""
+    try:
+        return _is_number(value) and float(value) > 0  # type: ignore[arg-type]
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _is_number(value: object) -> bool:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from slora_jax.config import EngineConfig
-from slora_jax.errors import ConfigError, RequestFailedError
+from slora_jax.errors import AdapterNotFoundError, ConfigError, RequestFailedError
 from slora_jax.llm import LLM, Params, Prompt, engine_config, prompt_list, spread
 from slora_jax.outputs import EngineStats, RequestOutput
 from slora_jax.sharding import DATA_AXIS, MODEL_AXIS
@@ -79,8 +80,8 @@ class DataParallelLLM:
         *,
         progress: bool = True,
     ) -> list[RequestOutput]:
-        """``LLM.generate``: outputs in the order of ``prompts``, whoever has served them. Ctrl-C
-        takes effect when the parts that are being served are done.
+        """``LLM.generate``: outputs in the order of ``prompts``, whoever has served them. Their ids
+        begin with the copy's number. Ctrl-C takes effect when the parts being served are done.
 
         Raises:
             InvalidRequestError, AdapterNotFoundError: before anything runs.
@@ -127,7 +128,11 @@ class DataParallelLLM:
                         served = future.result()
                     except RequestFailedError as error:
                         failed, served = error, error.outputs
-                    outputs[start : start + len(served)] = served
+                    copy = self._copies.index(llm)
+                    outputs[start : start + len(served)] = [
+                        dataclasses.replace(out, request_id=f"{copy}-{out.request_id}")
+                        for out in served
+                    ]
                     bar.update(len(served))
                     begin(llm)
         if failed is not None:
@@ -154,8 +159,15 @@ class DataParallelLLM:
             raise
 
     def unload_adapter(self, name: str) -> None:
-        """``LLM.unload_adapter`` in every copy."""
-        self._each(lambda llm: llm.unload_adapter(name))
+        """``LLM.unload_adapter`` in every copy that has it; AdapterNotFoundError if none does."""
+        missing: list[AdapterNotFoundError] = []
+        for llm in self._copies:
+            try:
+                llm.unload_adapter(name)
+            except AdapterNotFoundError as error:
+                missing.append(error)
+        if len(missing) == len(self._copies):
+            raise missing[0]
 
     def stats(self) -> list[EngineStats]:
         """``LLM.stats`` of each copy."""
@@ -170,10 +182,6 @@ class DataParallelLLM:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    def _each(self, act: Callable[[LLM], object]) -> None:
-        for llm in self._copies:
-            act(llm)
 
 
 def _meshes_of_copies(mesh: jax.sharding.Mesh) -> list[jax.sharding.Mesh]:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from slora_jax.adapter_cache import AdapterCache
 from slora_jax.adapter_store import BASE_VERSION, AdapterInfo, AdapterStore, PackedAdapter
-from slora_jax.config import EngineConfig
+from slora_jax.config import EngineConfig, is_time
 from slora_jax.detokenizer import IncrementalDetokenizer
 from slora_jax.errors import (
     AdapterInUseError,
@@ -689,8 +689,8 @@ def _check_service(client_id: object, priority: object, ttft_slo: object) -> Non
         raise InvalidRequestError(f"priority={priority!r} must be an integer; higher goes first")
     if ttft_slo is None:
         return
-    if not isinstance(ttft_slo, int | float) or isinstance(ttft_slo, bool) or not ttft_slo > 0:
-        raise InvalidRequestError(f"ttft_slo={ttft_slo!r} must be a number of seconds above 0")
+    if not is_time(ttft_slo):
+        raise InvalidRequestError(f"ttft_slo={ttft_slo!r:.80} must be a number of seconds above 0")
 
 
 def _metrics(generation: Generation) -> RequestMetrics:

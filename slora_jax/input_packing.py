@@ -189,7 +189,7 @@ def pack_sampling(
                 [len(r.prompt_token_ids) for r in requests] + [0] * (size - len(requests)), np.int32
             ),
             repetition=column("repetition_penalty", 1, np.float64)
-            .clip(_FLOAT32.tiny, _FLOAT32.max)
+            .clip(1e-30, _FLOAT32.max)  # less would make logits Inf
             .astype(np.float32),
             presence=column("presence_penalty", 0, np.float32),
             frequency=column("frequency_penalty", 0, np.float32),

@@ -505,7 +505,7 @@ class LLM:
             )
             reload = None
         else:
-            if config is not None:
+            if config is not None and isinstance(source, str | os.PathLike):
                 raise AdapterLoadError(
                     f"adapter {name!r} is a directory and has its own adapter_config.json: "
                     "give config only together with arrays"
@@ -885,6 +885,11 @@ def _num_pages(pool_bytes: int, page_bytes: int, mesh: jax.sharding.Mesh) -> int
         raise ConfigError(
             f"the pool of {pool_bytes:,} bytes{where} holds less than one page of KV: pool_bytes "
             f"must be at least {2 * page_bytes:,}, the null page included"
+        )
+    if pool_bytes // page_bytes >= 2**31:
+        raise ConfigError(
+            f"the pool of {pool_bytes:,} bytes has more pages than the 2**31 - 1 that can have an "
+            "id: lower pool_bytes"
         )
     return pool_bytes // page_bytes
 

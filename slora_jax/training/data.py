@@ -40,7 +40,7 @@ def chat_example(base: LoadedModel, messages: Sequence[Mapping[str, str]]) -> Ex
         InvalidRequestError: the messages cannot be rendered by the model's chat template.
         TrainingError: the last message is not the assistant's, or has no text.
     """
-    last = messages[-1] if messages else None
+    last = messages[-1] if isinstance(messages, Sequence) and messages else None
     if (
         not isinstance(last, Mapping)
         or last.get("role") != "assistant"

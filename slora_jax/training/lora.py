@@ -58,6 +58,8 @@ def check_adapter(arrays: Mapping[str, jax.Array], modules: Modules) -> None:
         problem = "is missing" if name in expected else "belongs to no module of the configuration"
         raise AdapterLoadError(f"the adapter's tensor {name!r} {problem}")
     for name, shape in expected.items():
+        if not isinstance(arrays[name], np.ndarray | jax.Array):
+            raise AdapterLoadError(f"the adapter's tensor {name!r} is no array")
         if jnp.shape(arrays[name]) != shape:
             raise AdapterLoadError(
                 f"the adapter's tensor {name!r} has shape {list(jnp.shape(arrays[name]))}, the "

@@ -129,7 +129,8 @@ class Trainer:
 
     Raises:
         AdapterLoadError: the adapter's configuration or tensors do not fit the base.
-        ConfigError: ``batch_size`` cannot be split over the devices; ``lora_dropout`` is no share;
+        ConfigError: ``devices`` or ``optimizer`` is none; ``batch_size`` cannot be split over the
+            devices; ``lora_dropout`` is no share;
             ``init_lora_weights`` asks for another beginning; ``base`` is no loaded model, or is cut
             over several devices.
     """
@@ -154,9 +155,11 @@ class Trainer:
         """Optimiser steps made."""
         self._vocab_size = base.model.config.vocab_size
         self._about = _fingerprint(base)
-        if devices is not None and not devices:
-            raise ConfigError("devices=[] must name at least one device")
-        if devices is None:
+        if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
+            raise ConfigError(f"optimizer={optimizer!r:.80} must be an optax transformation")
+        if devices is not None:
+            _check_devices(devices)
+        else:
             devices = [min(base.model.final_norm.weight[...].devices(), key=lambda d: d.id)]
         self._mesh = Mesh(np.array(devices), ("data",))
         parts = self.config.gradient_accumulation_steps
@@ -235,6 +238,8 @@ class Trainer:
         self._check_tokens(examples)
         checkpoints = None
         if directory is not None:
+            if not isinstance(directory, str | os.PathLike):
+                raise TrainingError(f"directory={directory!r:.80} must be a path")
             checkpoints = TrainingCheckpoints(Path(directory), self._describe(examples))
         losses: list[jax.Array] = []
         try:
@@ -416,6 +421,17 @@ def _sum_of_bits(array: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32).reshape(-1)
     places = jnp.arange(bits.size, dtype=jnp.uint32)
     return jnp.sum(bits * (places * jnp.uint32(2654435769) | jnp.uint32(1)), dtype=jnp.uint32)
+
+
+def _check_devices(devices: object) -> None:
+    if (
+        not isinstance(devices, Sequence)
+        or not devices
+        or not all(isinstance(device, jax.Device) for device in devices)
+    ):
+        raise ConfigError(
+            f"devices={devices!r:.80} must be a list of at least one of JAX's devices"
+        )
 
 
 def _dropout(adapter_config: Mapping[str, Any]) -> float:

@@ -438,3 +438,8 @@ def test_a_loop_that_is_gone_leaves_nothing_running(llm: LLM):
 def test_bad_bound(llm: LLM, max_waiting):
     with pytest.raises(ConfigError, match="max_waiting"):
         AsyncLLM(llm, max_waiting=max_waiting)
+
+
+def test_what_is_no_llm():
+    with pytest.raises(ConfigError, match="llm='model'"):
+        AsyncLLM("model")

@@ -1194,6 +1194,8 @@ BAD_OPTIONS = (
     ("pool", {"pool_bytes": 2**16 - 1}, ConfigError, "65,535 bytes", "at least 65,536"),
     ("pool_text", {"pool_bytes": "1GB"}, ConfigError, "pool_bytes='1GB'"),
     ("pool_huge", {"pool_bytes": 2**60}, ConfigError, "lower pool_bytes", f"{2**60:,}"),
+    ("pool_huger", {"pool_bytes": 2**70}, ConfigError, "lower pool_bytes", f"{2**70:,}"),
+    ("slo_huge", {"ttft_slo": 10**400}, ConfigError, "ttft_slo=1000", "number of seconds"),
     ("fraction", {"memory_fraction": 1.5}, ConfigError, "memory_fraction=1.5"),
     ("fraction_nan", {"memory_fraction": float("nan")}, ConfigError, "memory_fraction=nan"),
     ("fraction_bool", {"memory_fraction": True}, ConfigError, "memory_fraction=True"),

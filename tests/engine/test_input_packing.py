@@ -198,5 +198,8 @@ def test_plain_greedy_requests_compile_no_part_of_sampling():
     made.sampling_params = plain
     how = pack_sampling([made], 4, {})
     assert (how.randomness, how.truncation, how.penalties, how.banned) == (None,) * 4
+    made.sampling_params = SamplingParams(temperature=0, repetition_penalty=1e-300)
+    (tiny, *_) = pack_sampling([made], 4, {}).penalties.repetition
+    assert np.isfinite(np.float32(1e7) / tiny)  # a large logit's
     for option in ({"min_tokens": 2}, {"presence_penalty": 1.0}, {"temperature": 1.0}):
         assert not SamplingParams(**{"temperature": 0, **option}).is_argmax

@@ -39,9 +39,13 @@ def test_prompts_are_shared_and_come_back_in_order(gqa, monkeypatch):
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         assert tokens == [gqa.greedy(p, a, 4) for p, a in zip(prompts, adapter_ids, strict=True)]
         assert all(stats.steps for stats in llm.stats())
+        assert len({output.request_id for output in outputs}) == len(prompts)
         with pytest.raises(AdapterNotFoundError):
             llm.generate(prompts, ["qv", None, "no", None, None], params)
+        llm.copies[0].unload_adapter("qv")
         llm.unload_adapter("qv")
+        with pytest.raises(AdapterNotFoundError):
+            llm.unload_adapter("qv")
         with pytest.raises(AdapterNotFoundError):
             llm.generate(prompts, "qv", params)
 

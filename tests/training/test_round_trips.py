@@ -194,6 +194,11 @@ def test_a_configuration_that_cannot_be_written_leaves_what_was_there(base, arra
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     with pytest.raises(AdapterLoadError, match="is no name or path"):
         save_adapter(5, arrays, ADAPTER, base)
+    odd = tmp_path / "odd"
+    (odd / "adapter_model.safetensors").mkdir(parents=True)
+    with pytest.raises(AdapterLoadError, match="cannot be written"):
+        save_adapter(odd, arrays, ADAPTER, base)
+    assert [path.name for path in odd.iterdir()] == ["adapter_model.safetensors"]
 
 
 def test_a_model_whose_tokenizer_is_gone_is_not_written(model_directory, tmp_path):

@@ -157,6 +157,8 @@ def test_examples_that_cannot_be_used(base):
     for last in ({"role": "assistant"}, {"role": "assistant", "content": 3}, "Ho"):
         with pytest.raises(TrainingError, match="assistant's message"):
             chat_example(base, [{"role": "user", "content": "Hi"}, last])
+    with pytest.raises(TrainingError, match="assistant's message"):
+        chat_example(base, 5)
 
 
 def test_chat_example_is_what_chat_serves(base):
@@ -194,6 +196,17 @@ def test_options_that_cannot_work(options, message):
 def test_rows_that_cannot_be_split(base):
     with pytest.raises(ConfigError, match="3 devices"):
         Trainer(base, ADAPTER, RUN, devices=jax.devices()[:3])
+
+
+@pytest.mark.parametrize("devices", [[], 5, "cpu", ["cpu"], jax.devices()[0]], ids=repr)
+def test_devices_that_are_none(base, devices):
+    with pytest.raises(ConfigError, match="devices="):
+        Trainer(base, ADAPTER, RUN, devices=devices)
+
+
+def test_an_optimizer_that_is_none(base):
+    with pytest.raises(ConfigError, match="optimizer='adam'"):
+        Trainer(base, ADAPTER, RUN, optimizer="adam")
 
 
 def test_dropout_hides_inputs_from_the_adapter(base):
@@ -269,7 +282,11 @@ def test_a_loss_that_is_nan_ends_the_run(base, tmp_path):
     for odd in (np.nan, 1j):
         with pytest.raises(AdapterLoadError, match="finite real"):
             Trainer(base, ADAPTER, RUN, adapter=zeros | {name: np.asarray(zeros[name]) + odd})
+    with pytest.raises(AdapterLoadError, match="is no array"):
+        Trainer(base, ADAPTER, RUN, adapter=zeros | {name: np.asarray(zeros[name]).tolist()})
     (tmp_path / "file").write_text("")
     for directory in (tmp_path / "file", "~nobody-of-this-name/run"):
         with pytest.raises(TrainingError, match="no checkpoints can be kept"):
             Trainer(base, ADAPTER, RUN).fit(random_examples(), directory=directory)
+    with pytest.raises(TrainingError, match="directory=5"):
+        Trainer(base, ADAPTER, RUN).fit(random_examples(), directory=5, progress=False)
