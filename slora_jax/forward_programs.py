@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.dispatch import PLATFORMS
 from slora_jax.batch import ForwardBatch
@@ -26,7 +26,7 @@ from slora_jax.models.llama import Llama, PoolView, StepContext
 from slora_jax.page_pool import Pool
 from slora_jax.sharding import on_each_device, partition_spec, replicate, specs_of
 from slora_jax.trace_store import TraceStore, exported
-from slora_jax.transfer import Packed, unpack
+from slora_jax.transfer import Packed, Spec, unpack
 
 Weights = tuple[jax.Array, ...]
 """A module's parameters in a fixed order: what a jitted call flattens fastest."""
@@ -260,25 +260,44 @@ class LayeredForward:
             ),
             donate_argnums=(1, 2),
         )
+        self._same = NamedSharding(mesh, SAME)
+        self._compiled: dict[Spec, tuple[Any, Any, Any]] = {}
 
     def __call__(self, pool: Pool, sampled: jax.Array, batch: Packed) -> tuple[Hidden, Pool]:
         """See ``Forward``."""
-        x, context, ending_row = self._begin(self._outer_weights, sampled, batch)
+        programs = self._compiled.get(batch.spec) or self.lower(pool, sampled, batch)()
+        begin, block, end = programs
+        x, context, ending_row = begin(self._outer_weights, sampled, batch)
         new_pool = []
         for weights, layer_pool, layer in zip(
             self._layer_weights, pool, self._layer_indices, strict=True
         ):
-            x, layer_pool = self._block(weights, layer_pool, x, context, layer)
+            x, layer_pool = block(weights, layer_pool, x, context, layer)
             new_pool.append(layer_pool)
-        return self._end(self._outer_weights, x, ending_row), tuple(new_pool)
+        return end(self._outer_weights, x, ending_row), tuple(new_pool)
 
     def lower(self, pool: Pool, sampled: jax.Array, batch: Packed) -> Callable[[], Any]:
-        """See ``Forward``: there is nothing to do, a first call takes about a second."""
-        return lambda: None
+        """See ``Forward``."""
+        if batch.spec in self._compiled:
+            return lambda: self._compiled[batch.spec]
+        begin = self._begin.lower(self._outer_weights, sampled, batch)
+        x, context, ending_row = jax.tree.map(
+            lambda out: jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=self._same),
+            begin.out_info,
+        )
+        weights, index = self._layer_weights[0], self._layer_indices[0]
+        block = self._block.lower(weights, pool[0], x, context, index)
+        end = self._end.lower(self._outer_weights, x, ending_row)
+
+        def compile_() -> tuple[Any, Any, Any]:
+            self._compiled[batch.spec] = begin.compile(), block.compile(), end.compile()
+            return self._compiled[batch.spec]
+
+        return compile_
 
     def num_compiles(self) -> int:
         """See ``Forward``."""
-        return count_compiles(self._begin, self._block, self._end)
+        return sum(map(len, self._compiled.values()))
 
 
 def _receive(packed: Packed, sampled: jax.Array) -> ForwardBatch:

@@ -598,7 +598,8 @@ class LLM:
     def warm_up(self) -> None:
         """Compile, in parallel, every size of step that greedy requests of the adapters loaded so
         far can need, so that no request waits for it. Without it each is compiled when first
-        needed. Plain XLA has many more sizes than Pallas kernels: there the most usual ones.
+        needed. Plain XLA has many more sizes than Pallas kernels: there those of the base alone,
+        and of adapters whose ranks sum to a quarter of the most or more.
         """
         with self._lock:
             self._engine.warm_up()

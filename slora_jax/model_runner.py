@@ -212,11 +212,12 @@ def steps_to_come(
     kernels: str, max_num_seqs: int, max_tiles: int, rank: int
 ) -> Iterator[tuple[int, int, int]]:
     """Needs whose buckets serve any step of at most these sizes where kernels serve, and otherwise
-    decode, and prefill beside the most decodes."""
+    steps of the base alone or of adapters whose ranks sum to a quarter of ``rank`` or more."""
     powers = {min(2**power, max_num_seqs) for power in range(max_num_seqs.bit_length() + 1)}
     multiples = {*range(MATMUL_ROWS, max_num_seqs, MATMUL_ROWS)}
     decodes = powers | multiples if kernels in PLATFORMS else powers
-    beside_prefill = powers if kernels in PLATFORMS else {max_num_seqs}
+    # A size serves where up to four times fewer are needed.
+    beside_prefill = powers if kernels in PLATFORMS else {0, max_num_seqs, *sorted(powers)[2::2]}
     for ranks in {0, rank}:
         for decode in sorted(decodes):
             yield decode, 0, ranks
@@ -369,7 +370,7 @@ class ModelRunner:
         limits = self.max_num_seqs, self._max_tiles, rank
         needs = list(steps_to_come(self.view.kernels, *limits))
         shapes = {self._steps.choose(need) for need in needs}
-        sizes = {self._samples.choose((decode,))[0] for decode, _, _ in needs}
+        sizes = {self._samples.choose((max(decode, 1),))[0] for decode, _, _ in needs}
         with concurrent.futures.ThreadPoolExecutor() as threads:
             pending = []
             for shape in sorted(shapes, reverse=True):

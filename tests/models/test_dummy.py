@@ -89,6 +89,19 @@ def test_after_warming_up_the_runner_compiles_nothing_for_its_sizes(tmp_path):
         assert runner._forward._programs._compiled == programs  # the very same ones
 
 
+def test_after_warming_up_plain_xla_compiles_nothing_for_its_sizes(tmp_path):
+    write_synthetic_llama(tmp_path)
+    with LLM(tmp_path, **OPTIONS | {"max_num_seqs": 2, "max_num_batched_tokens": 8}) as llm:
+        llm.load_dummy_adapters(["a", "b"], [8, 8], ("q", "v"))
+        llm.warm_up()
+        ready = llm.stats().compiles
+        assert ready == 8 * 3 + 2  # with and without LoRA: decode of 1, 2; prefill beside 0, 2
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        llm.generate(["abc"] * 3, ["a", "b", None], params)
+        llm.generate(["abcdefghij"] * 3, None, params)
+        assert llm.stats().compiles == ready
+
+
 def test_a_larger_step_needs_more_memory(tmp_path):
     write_synthetic_llama(tmp_path)
     with LLM(tmp_path, **OPTIONS) as llm:
